@@ -1,0 +1,21 @@
+"""Strict JAX flags for every test, two CPU devices for sharding tests, and the `gpu` marker."""
+
+import os
+
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
+)
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_collection_modifyitems(items):
+    if jax.default_backend() == "gpu":
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device; the default JAX backend here is the CPU")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
