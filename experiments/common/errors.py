@@ -1,0 +1,88 @@
+"""Mistakes of the person at the keyboard, told apart from faults of the program."""
+
+import contextlib
+import io
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+
+class UserError(Exception):
+    """Input that cannot be used: shown as one line, without a traceback."""
+
+
+def one_line(error: BaseException | str) -> str:
+    """Returns an error's text on a single line."""
+    text = str(error) or type(error).__name__
+    return " ".join(text.split())
+
+
+@contextlib.contextmanager
+def reported_as_user_error(
+    *kinds: type[Exception], prefix: str | Callable[[], str] = ""
+) -> Iterator[None]:
+    """Turns errors of the given kinds, raised inside the block, into `UserError`.
+
+    Only put around calls whose errors of these kinds speak about the user's input.
+    """
+    try:
+        yield
+    except kinds as error:
+        head = prefix() if callable(prefix) else prefix
+        raise UserError(head + one_line(error)) from error
+
+
+def run_reporting_errors(command: Callable[[], None]) -> int:
+    """Runs a command; returns the exit code, 2 after a `UserError` told on standard error."""
+    try:
+        command()
+    except UserError as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def parse_reporting_errors[Parsed](parse: Callable[[], Parsed]) -> Parsed:
+    """Runs a tyro parser whose complaint becomes a one-line `UserError`; `--help` passes through."""
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            return parse()
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+        raise UserError(_without_box(complaint.getvalue())) from None
+
+
+def _without_box(complaint: str) -> str:
+    """Returns the message of tyro's boxed complaint: the body up to its first rule, and the hint."""
+    lines = [re.sub(r"[│╭╮╰╯]", "", line).strip() for line in complaint.splitlines()[1:]]
+    body = []
+    for line in lines:
+        if set(line) == {"─"}:
+            break
+        body.append(line)
+    return one_line(" ".join(body).replace("(required)", "")) + " (see --help)"
+
+
+def check_writable(path: Path, *, folder: bool) -> None:
+    """Raises UserError now if `path` could not be written later; creates missing folders.
+
+    Args:
+        path: a folder that results go into, or a file that results are appended to.
+        folder: which of the two it is.
+    """
+    directory = path if folder else path.parent
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe = directory / ".minference-write-test" if folder else path
+        existed = probe.exists()
+        with probe.open("a"):
+            pass
+        if not existed:
+            probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"cannot write to {path} ({error.strerror or error}); choose another path"
+        ) from error

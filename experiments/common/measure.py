@@ -1,0 +1,73 @@
+"""Time, memory and agreement of runs."""
+
+import contextlib
+import dataclasses
+import resource
+import sys
+import time
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from jaxtyping import Float
+from rich.console import Console
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Agreement:
+    """How near a next-token distribution is to that of dense attention.
+
+    Attributes:
+        top1_equal: the likeliest token is the same.
+        kl: Kullback-Leibler divergence KL(dense || other), in nats.
+        total_variation: half the sum of absolute differences of the probabilities, 0 to 1.
+    """
+
+    top1_equal: bool
+    kl: float
+    total_variation: float
+
+
+def agreement(
+    dense_logits: Float[np.ndarray, " vocab"], logits: Float[np.ndarray, " vocab"]
+) -> Agreement:
+    """Compares two next-token distributions given by their logits, in double precision."""
+    dense, other = _log_softmax(dense_logits), _log_softmax(logits)
+    p, q = np.exp(dense), np.exp(other)
+    return Agreement(
+        top1_equal=bool(dense.argmax() == other.argmax()),
+        kl=float(max(0.0, np.sum(p * (dense - other)))),
+        total_variation=float(np.abs(p - q).sum() / 2),
+    )
+
+
+def peak_memory() -> int:
+    """Returns the most memory held so far, in bytes: the device's, or on a CPU the process's."""
+    stats = jax.devices()[0].memory_stats() if jax.default_backend() != "cpu" else None
+    if stats and "peak_bytes_in_use" in stats:
+        return int(stats["peak_bytes_in_use"])
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+@dataclasses.dataclass
+class Stage:
+    """A step of the work whose duration is known once it has ended."""
+
+    seconds: float = 0.0
+
+
+@contextlib.contextmanager
+def stage(console: Console, doing: str) -> Iterator[Stage]:
+    """Shows a step while it runs (on a terminal, with a spinner) and its duration afterwards."""
+    step = Stage()
+    start = time.perf_counter()
+    with console.status(f"{doing} …"):
+        yield step
+        step.seconds = time.perf_counter() - start
+    console.print(f"{doing}: {step.seconds:.1f} s", highlight=False)
+
+
+def _log_softmax(logits: Float[np.ndarray, " vocab"]) -> Float[np.ndarray, " vocab"]:
+    shifted = logits.astype(np.float64) - logits.max()
+    return shifted - np.log(np.exp(shifted).sum())

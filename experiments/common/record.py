@@ -1,0 +1,125 @@
+"""Results as JSON lines: one object per run, stamped with the environment that produced it.
+
+A record is `{"schema": 1, "kind": ..., "environment": {...}, "config": {...}, "result": {...}}`.
+Files are appended to, so that runs collect, and read back with `read_records`.
+"""
+
+import dataclasses
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+SCHEMA_VERSION = 1
+_LIBRARIES = ("jax", "jaxlib", "flax", "numpy")
+
+
+def environment(argv: Sequence[str]) -> dict[str, Any]:
+    """Returns what a reader needs to judge a figure: code, libraries, machine, date, command line."""
+    device = jax.devices()[0]
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "argv": list(argv),
+        "git": _git_revision(),
+        "minference_jax": _version("minference-jax"),
+        **{name: _version(name) for name in _LIBRARIES},
+        "python": platform.python_version(),
+        "os": f"{platform.system()} {platform.machine()}",
+        "backend": jax.default_backend(),
+        "device": device.device_kind,
+        "devices": jax.device_count(),
+        "cpus": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
+    }
+
+
+def append_record(
+    path: Path, *, kind: str, argv: Sequence[str], config: Any, result: dict[str, Any]
+) -> dict[str, Any]:
+    """Appends one record to a JSONL file and returns it.
+
+    Args:
+        path: the file; created, with its folder, if missing.
+        kind: what was run, e.g. `generate`.
+        argv: the command line.
+        config: a dataclass with everything that was asked for.
+        result: figures; numbers, strings, lists, dicts and numpy arrays.
+    """
+    record = {
+        "schema": SCHEMA_VERSION,
+        "kind": kind,
+        "environment": environment(argv),
+        "config": dataclasses.asdict(config),
+        "result": result,
+    }
+    line = json.dumps(record, default=_as_json, allow_nan=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+    return json.loads(line)
+
+
+def read_records(path: Path, *, kind: str | None = None) -> list[dict[str, Any]]:
+    """Returns the records of a JSONL file, of one kind if given, oldest first.
+
+    Raises:
+        ValueError: a line is no record, or one of another schema version.
+    """
+    records = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
+        version = record.get("schema") if isinstance(record, dict) else None
+        if version != SCHEMA_VERSION:
+            raise ValueError(
+                f"{path}, line {number}: expected a record of schema {SCHEMA_VERSION}, "
+                f"got {version}; write it again with this version of the project"
+            )
+        if kind is None or record["kind"] == kind:
+            records.append(record)
+    return records
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, np.ndarray | np.generic | jax.Array):
+        return np.asarray(value).tolist()
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"a record cannot hold a {type(value).__name__}")
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _git_revision() -> str | None:
+    """Returns the commit of the source tree, with `+changes` if files differ; None if unknown."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        return subprocess.run(
+            ["git", "describe", "--always", "--abbrev=40", "--dirty=+changes", "--exclude=*"],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
