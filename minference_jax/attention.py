@@ -1,30 +1,182 @@
-"""Attention callables."""
+"""Attention callables: sparse by pattern, and dense through the same kernel."""
 
 import dataclasses
+from typing import Any, Literal, NamedTuple, Self, no_type_check
 
 import jax
 import jax.numpy as jnp
-from typing import no_type_check
+from jaxtyping import Array, Float, Int
+
+from minference_jax.index import build_index, dense_index
+from minference_jax.patterns import HeadPatterns, VerticalSlash
+from pallas_kernels import BlockSparseIndex, block_sparse_attention
+from pallas_kernels.common.checks import check_attention_shapes, check_lengths
+
+Implementation = Literal["xla", "reference"]
+
+# Queries that vertical-slash heads estimate from (paper, Algorithm 2).
+LAST_Q = 64
+
+
+@no_type_check
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SparseAttention:
+    """Sparse causal attention with the patterns of a whole model: an AttentionFn.
+
+    Holds `[layers, heads]` arrays. Models slice the layer axis while they scan their layers;
+    elsewhere call `attention.layer(i)(q, k, v)`.
+
+    Attributes:
+        patterns: the pattern of every head.
+        block_q: query rows of a tile (static).
+        block_kv: keys of a tile (static).
+        implementation: which kernel runs; None chooses one for the default device (static).
+    """
+
+    patterns: HeadPatterns
+    block_q: int = dataclasses.field(default=128, metadata={"static": True})
+    block_kv: int = dataclasses.field(default=128, metadata={"static": True})
+    implementation: Implementation | None = dataclasses.field(
+        default=None, metadata={"static": True}
+    )
+
+    def layer(self, number: int) -> Self:
+        """The attention of one layer."""
+        layers = self.patterns.num_layers
+        if not -layers <= number < layers:
+            raise ValueError(f"layer {number} of an attention with {layers} layers")
+        return jax.tree.map(lambda x: x[number], self)
+
+    def __call__(
+        self,
+        q: Float[Array, "batch q_len heads head_dim"],
+        k: Float[Array, "batch kv_len kv_heads head_dim"],
+        v: Float[Array, "batch kv_len kv_heads head_dim"],
+        *,
+        lengths: Int[Array, " batch"] | None = None,
+        q_offset: Int[Array, ""] | None = None,
+    ) -> Float[Array, "batch q_len heads head_dim"]:
+        """Estimates the index of this layer and attends; see `AttentionFn`."""
+        return self.attend(q, k, v, lengths=lengths, q_offset=q_offset)[0]
+
+    def attend(
+        self,
+        q: Float[Array, "batch q_len heads head_dim"],
+        k: Float[Array, "batch kv_len kv_heads head_dim"],
+        v: Float[Array, "batch kv_len kv_heads head_dim"],
+        *,
+        lengths: Int[Array, " batch"] | None = None,
+        q_offset: Int[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "batch q_len heads head_dim"], BlockSparseIndex]:
+        """The output and the index that was visited.
+
+        Raises:
+            ValueError: shapes disagree, the patterns are for another number of heads, or this is
+                the attention of a whole model rather than of one layer.
+        """
+        check_attention_shapes(q, k, v)
+        check_lengths(lengths, q.shape[0], k.shape[1])
+        shape = jnp.shape(self.patterns.kind)
+        if len(shape) != 1:
+            raise ValueError(
+                f"these patterns are [layers, heads] {shape}: call `attention.layer(i)(q, k, v)`"
+            )
+        if shape[0] != q.shape[2]:
+            raise ValueError(f"the patterns are for {shape[0]} heads, but `q` has {q.shape[2]}")
+        index = build_index(
+            jax.tree.map(jnp.asarray, self.patterns), q, k, lengths=lengths, q_offset=q_offset,
+            block_q=self.block_q, block_kv=self.block_kv, last_q=LAST_Q,
+        )  # fmt: skip
+        out = block_sparse_attention(
+            q, k, v, index, lengths=lengths, q_offset=q_offset, implementation=self.implementation
+        )
+        return out, index
 
 
 @no_type_check
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DenseAttention:
-    """Causal dense attention (placeholder until the list-driven kernel is in place)."""
+    """Dense causal attention, as the list of all tiles: an AttentionFn for any model."""
 
-    def __call__(self, q, k, v, *, lengths=None, q_offset=None):
-        batch, q_len, heads, head_dim = q.shape
-        kv_len, kv_heads = k.shape[1:3]
-        offset = kv_len - q_len if q_offset is None else q_offset
-        position = offset + jnp.arange(q_len)
-        key = jnp.arange(kv_len)
-        visible = key[None, None, :] <= position[None, :, None]
-        if lengths is not None:
-            visible = visible & (key[None, None, :] < lengths[:, None, None])
-        grouped = q.reshape(batch, q_len, kv_heads, heads // kv_heads, head_dim).astype(jnp.float32)
-        scores = jnp.einsum("bqngd,bknd->bngqk", grouped, k.astype(jnp.float32)) * head_dim**-0.5
-        scores = jnp.where(visible[:, None, None], scores, -1e30)
-        weights = jax.nn.softmax(scores, axis=-1)
-        out = jnp.einsum("bngqk,bknd->bqngd", weights, v.astype(jnp.float32))
-        return out.reshape(q.shape).astype(q.dtype)
+    block_q: int = dataclasses.field(default=128, metadata={"static": True})
+    block_kv: int = dataclasses.field(default=128, metadata={"static": True})
+    implementation: Implementation | None = dataclasses.field(
+        default=None, metadata={"static": True}
+    )
+
+    def __call__(
+        self,
+        q: Float[Array, "batch q_len heads head_dim"],
+        k: Float[Array, "batch kv_len kv_heads head_dim"],
+        v: Float[Array, "batch kv_len kv_heads head_dim"],
+        *,
+        lengths: Int[Array, " batch"] | None = None,
+        q_offset: Int[Array, ""] | None = None,
+    ) -> Float[Array, "batch q_len heads head_dim"]:
+        """Attends to every key at or before each query; see `AttentionFn`."""
+        return self.attend(q, k, v, lengths=lengths, q_offset=q_offset)[0]
+
+    def attend(
+        self,
+        q: Float[Array, "batch q_len heads head_dim"],
+        k: Float[Array, "batch kv_len kv_heads head_dim"],
+        v: Float[Array, "batch kv_len kv_heads head_dim"],
+        *,
+        lengths: Int[Array, " batch"] | None = None,
+        q_offset: Int[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "batch q_len heads head_dim"], BlockSparseIndex]:
+        """The output and the (full) index; raises ValueError if shapes disagree."""
+        check_attention_shapes(q, k, v)
+        batch, q_len, heads, _ = q.shape
+        index = dense_index(
+            batch, heads, q_len, k.shape[1], lengths=lengths, q_offset=q_offset,
+            block_q=self.block_q, block_kv=self.block_kv,
+        )  # fmt: skip
+        out = block_sparse_attention(
+            q, k, v, index, lengths=lengths, q_offset=q_offset, implementation=self.implementation
+        )
+        return out, index
+
+
+def vertical_slash_attention(
+    q: Float[Array, "batch q_len heads head_dim"],
+    k: Float[Array, "batch kv_len kv_heads head_dim"],
+    v: Float[Array, "batch kv_len kv_heads head_dim"],
+    *,
+    vertical_size: int,
+    slash_size: int,
+    lengths: Int[Array, " batch"] | None = None,
+    q_offset: Int[Array, ""] | None = None,
+) -> Float[Array, "batch q_len heads head_dim"]:
+    """Vertical-slash attention with one budget for all heads (paper, Algorithms 2, 4 and 5).
+
+    Raises:
+        ValueError: shapes disagree or a budget is out of range.
+    """
+    pattern = VerticalSlash(vertical_size=vertical_size, slash_size=slash_size)
+    patterns = HeadPatterns.uniform(pattern, num_layers=1, num_heads=q.shape[2])
+    return SparseAttention(patterns).layer(0)(q, k, v, lengths=lengths, q_offset=q_offset)
+
+
+class VisitedPairs(NamedTuple):
+    """How many (query, key) pairs a layer visited; sums over chunks of a prompt stay meaningful."""
+
+    visited: Float[Array, "batch heads"]
+    causal: Float[Array, "batch heads"]
+
+
+def observe_density(
+    attention: Any,
+    q: Float[Array, "batch q_len heads head_dim"],
+    k: Float[Array, "batch kv_len kv_heads head_dim"],
+    v: Float[Array, "batch kv_len kv_heads head_dim"],
+    *,
+    lengths: Int[Array, " batch"] | None = None,
+    q_offset: Int[Array, ""] | None = None,
+) -> tuple[Float[Array, "batch q_len heads head_dim"], VisitedPairs]:
+    """Attends and counts: the `observe` function with which a model's prefill reports density."""
+    out, index = attention.attend(q, k, v, lengths=lengths, q_offset=q_offset)
+    pairs = index.visited_pairs(q.shape[1], k.shape[1], lengths=lengths, q_offset=q_offset)
+    return out, VisitedPairs(*pairs)

@@ -20,9 +20,9 @@ from jaxtyping import Array, Float, Int
 class AttentionFn(Protocol):
     """Causal attention of one layer, passed to a model as an argument.
 
-    An implementation is a pytree, so that new values in it never recompile. A model receives it with a
-    leading `[layers]` axis on every array leaf and slices that axis while it scans its layers; an
-    attention without array leaves is the same for all layers.
+    An implementation is a pytree, so that new values in it never recompile. A model receives it
+    with a leading `[layers]` axis on every array leaf and slices that axis while it scans its
+    layers; an attention without array leaves is the same for all layers.
     """
 
     def __call__(
@@ -40,10 +40,11 @@ class AttentionFn(Protocol):
             q: queries, after rotary embedding.
             k: keys, after rotary embedding.
             v: values.
-            lengths: real keys of each row, `kv_len` if None. Keys from there on are never visible, and
-                outputs of query rows from there on are unspecified but finite.
-            q_offset: position of the first query among the keys, `kv_len - q_len` if None: query i sees
-                keys up to `q_offset + i`. A scalar array, so that chunked prefill compiles once.
+            lengths: real keys of each row, `kv_len` if None. Keys from there on are never
+                visible, and outputs of query rows from there on are unspecified but finite.
+            q_offset: position of the first query among the keys, `kv_len - q_len` if None: query
+                i sees keys up to `q_offset + i`. A scalar array, so that chunked prefill compiles
+                once.
 
         Returns:
             The attention output, in q's dtype.

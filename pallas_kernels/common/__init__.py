@@ -1,0 +1,1 @@
+"""Shared by the operations: tiling, checks, the online softmax step."""

@@ -1,0 +1,96 @@
+"""Block-sparse heads: the key blocks of largest mean-pooled score (paper, Algorithm 3)."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from minference_jax.patterns import BLOCK_SIZE
+from pallas_kernels.block_sparse_attention.index import NO_TILE
+from pallas_kernels.common.tiling import cdiv, round_up
+
+# Query tiles scored at a time: bounds the score matrix to this many rows for each head.
+_ROWS_PER_STEP = 64
+
+
+def tiles_per_row(num_blocks: int, kv_len: int, block_q: int, block_kv: int) -> int:
+    """Tiles a list must hold for a budget of blocks of 64 keys: the diagonal always fits."""
+    wanted = max(cdiv(num_blocks * BLOCK_SIZE, block_kv), cdiv(block_q, block_kv) + 1)
+    return min(wanted, cdiv(kv_len, block_kv))
+
+
+def block_tiles(
+    q: Float[Array, "batch q_len heads head_dim"],
+    k: Float[Array, "batch kv_len kv_heads head_dim"],
+    num_blocks: Int[Array, " heads"],
+    *,
+    max_blocks: int,
+    lengths: Int[Array, " batch"],
+    q_offset: Int[Array, ""],
+    block_q: int,
+    block_kv: int,
+) -> tuple[
+    Int[Array, "batch heads num_q_blocks max_tiles"], Int[Array, "batch heads num_q_blocks"]
+]:
+    """For each query tile the key tiles of largest score between block means.
+
+    A tile's score is the product of the means of its real queries and keys; only tiles with a
+    causal key take part, and those that overlap the query tile's own rows come first.
+
+    Returns:
+        Starts of the tiles, descending, then NO_TILE; and how many there are.
+    """
+    heads, kv_heads = q.shape[2], k.shape[2]
+    budget = -(-num_blocks * BLOCK_SIZE // block_kv)
+    max_tiles = tiles_per_row(max_blocks, k.shape[1], block_q, block_kv)
+    one_head = functools.partial(
+        _one_head, q_offset=q_offset, block_q=block_q, block_kv=block_kv, max_tiles=max_tiles
+    )
+    group = jax.vmap(one_head, in_axes=(1, None, 0, None))
+    kv_group = jax.vmap(group, in_axes=(1, 1, 0, None))
+    grouped = q.reshape(*q.shape[:2], kv_heads, heads // kv_heads, q.shape[3])
+    starts, count = jax.vmap(kv_group, in_axes=(0, 0, None, 0))(
+        grouped, k, budget.reshape(kv_heads, -1), lengths
+    )
+    flat = (q.shape[0], heads)
+    return starts.reshape(*flat, *starts.shape[3:]), count.reshape(*flat, count.shape[3])
+
+
+def _one_head(q, k, budget, length, *, q_offset, block_q, block_kv, max_tiles):
+    """One head: q [q_len, head_dim], k [kv_len, head_dim]."""
+    q_mean = _block_means(q, block_q, length - q_offset)
+    k_mean = _block_means(k, block_kv, length)
+    tile_start = jnp.arange(k_mean.shape[0]) * block_kv
+    rows = q_mean.shape[0]
+    step = min(_ROWS_PER_STEP, rows)
+    first = q_offset + jnp.arange(round_up(rows, step)) * block_q
+    q_mean = jnp.pad(q_mean, ((0, first.shape[0] - rows), (0, 0)))
+
+    def choose(q_mean, first):
+        scores = jnp.dot(k_mean, q_mean, precision=jax.lax.Precision.HIGHEST)
+        last = jnp.minimum(first + block_q, length) - 1
+        own = tile_start + block_kv > first
+        scores = jnp.where(own, jnp.inf, scores)
+        scores = jnp.where(tile_start <= last, scores, -jnp.inf)
+        values, tile = jax.lax.top_k(scores, max_tiles)
+        wanted = jnp.maximum(budget, jnp.sum(own & (tile_start <= last)))
+        use = (jnp.arange(max_tiles) < wanted) & (values > -jnp.inf) & (first < length)
+        starts = jnp.sort(jnp.where(use, tile * block_kv, NO_TILE), descending=True)
+        return starts, jnp.sum(use).astype(jnp.int32)
+
+    starts, count = jax.lax.map(
+        lambda args: jax.vmap(choose)(*args),
+        (q_mean.reshape(-1, step, q.shape[1]), first.reshape(-1, step)),
+    )
+    return starts.reshape(-1, max_tiles)[:rows], count.reshape(-1)[:rows]
+
+
+def _block_means(x, block, length):
+    """Means over blocks of rows, of the rows below length alone."""
+    rows, width = x.shape
+    padded = round_up(rows, block)
+    real = jnp.arange(padded) < length
+    x = jnp.where(real[:, None], jnp.pad(x.astype(jnp.float32), ((0, padded - rows), (0, 0))), 0.0)
+    counts = jnp.maximum(jnp.sum(real.reshape(-1, block), axis=1), 1)
+    return jnp.sum(x.reshape(-1, block, width), axis=1) / counts[:, None]

@@ -1,0 +1,165 @@
+"""From one layer's patterns, queries and keys to the index of all its heads."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from minference_jax.index import block_sparse, lines, tiles
+from minference_jax.index.select import compact
+from minference_jax.patterns import HeadPatterns, Kind
+from pallas_kernels.block_sparse_attention.index import (
+    ALIGNMENT,
+    BlockSparseIndex,
+    num_q_blocks,
+    resolve_lengths,
+)
+
+
+def build_index(
+    patterns: HeadPatterns,
+    q: Float[Array, "batch q_len heads head_dim"],
+    k: Float[Array, "batch kv_len kv_heads head_dim"],
+    *,
+    lengths: Int[Array, " batch"] | None = None,
+    q_offset: Int[Array, ""] | None = None,
+    block_q: int,
+    block_kv: int,
+    last_q: int,
+) -> BlockSparseIndex:
+    """Estimates the sparse index of every head of one layer; jittable, O(N) memory for each head.
+
+    Each head's entries hold up to three lists: the tiles of its distances, the tiles of everything
+    (dense heads, and the last rows of tri-shape heads), and the tiles of its query blocks.
+
+    Args:
+        patterns: one layer's patterns (arrays [heads]).
+        q: queries.
+        k: keys.
+        lengths: real keys of each batch row, kv_len if None.
+        q_offset: position of the first query among the keys, kv_len - q_len if None.
+        block_q: query rows of a tile.
+        block_kv: keys of a tile.
+        last_q: queries that vertical-slash heads estimate from.
+
+    Returns:
+        The index, for `pallas_kernels.block_sparse_attention`.
+    """
+    batch, q_len, heads, _ = q.shape
+    kv_len = k.shape[1]
+    lengths, q_offset = resolve_lengths(batch, q_len, kv_len, lengths, q_offset)
+    blocks = {"block_q": block_q, "block_kv": block_kv}
+    columns, column_count, near = _line_lists(patterns, q, k, lengths, q_offset, last_q, blocks)
+    everything = tiles.tiles_of_everything(kv_len, q_offset % ALIGNMENT, **blocks)
+    everything = jnp.broadcast_to(everything, near.shape)
+
+    rows = num_q_blocks(q_len, block_q)
+    first = q_offset + jnp.arange(rows) * block_q
+    origin = first // ALIGNMENT * ALIGNMENT
+    real = first[None, None, :] < lengths[:, None, None]
+    reach = jax.vmap(jax.vmap(lambda e: tiles.count_reaching(e, origin, block_kv)))
+    kind, last_size = (x[None, :, None] for x in (patterns.kind, patterns.last_size))
+    reaches_end = (first + block_q)[None, None, :] > lengths[:, None, None] - last_size
+    dense = (kind == Kind.DENSE) | ((kind == Kind.TRI_SHAPE) & (last_size > 0) & reaches_end)
+    capacity = near.shape[2]
+    begin = jnp.where(dense, capacity, 0)
+    count = jnp.where(dense, reach(everything), reach(near))
+    origin = jnp.broadcast_to(origin, begin.shape)
+    entries = [near, everything]
+
+    if patterns.max_blocks > 0:
+        listed, listed_count = _block_lists(patterns, q, k, lengths, q_offset, blocks)
+        entries.append(listed.reshape(batch, heads, -1))
+        is_block = kind == Kind.BLOCK_SPARSE
+        begin = jnp.where(is_block, 2 * capacity + jnp.arange(rows) * listed.shape[3], begin)
+        count = jnp.where(is_block, listed_count, count)
+        origin = jnp.where(is_block, 0, origin)
+
+    return BlockSparseIndex(
+        entries=jnp.concatenate(entries, axis=2),
+        begin=begin.astype(jnp.int32),
+        count=jnp.where(real, count, 0).astype(jnp.int32),
+        origin=origin.astype(jnp.int32),
+        columns=columns,
+        column_count=column_count,
+        **blocks,
+    )
+
+
+def dense_index(
+    batch: int,
+    heads: int,
+    q_len: int,
+    kv_len: int,
+    *,
+    lengths: Int[Array, " batch"] | None = None,
+    q_offset: Int[Array, ""] | None = None,
+    block_q: int,
+    block_kv: int,
+) -> BlockSparseIndex:
+    """The index that visits every causal pair."""
+    lengths, q_offset = resolve_lengths(batch, q_len, kv_len, lengths, q_offset)
+    entries = tiles.tiles_of_everything(
+        kv_len, q_offset % ALIGNMENT, block_q=block_q, block_kv=block_kv
+    )
+    first = q_offset + jnp.arange(num_q_blocks(q_len, block_q)) * block_q
+    origin = (first // ALIGNMENT * ALIGNMENT).astype(jnp.int32)
+    real = first[None, None, :] < lengths[:, None, None]
+    count = jnp.where(real, tiles.count_reaching(entries, origin, block_kv)[None, None, :], 0)
+    shape = (batch, heads, origin.shape[0])
+    return BlockSparseIndex(
+        entries=jnp.broadcast_to(entries, (batch, heads, entries.shape[0])),
+        begin=jnp.zeros(shape, jnp.int32),
+        count=jnp.broadcast_to(count, shape),
+        origin=jnp.broadcast_to(origin, shape),
+        columns=jnp.zeros((batch, heads, 0), jnp.int32),
+        column_count=jnp.zeros((batch, heads), jnp.int32),
+        block_q=block_q,
+        block_kv=block_kv,
+    )
+
+
+def _line_lists(patterns, q, k, lengths, q_offset, last_q, blocks):
+    """Columns, their counts, and the tiles of the chosen distances, for every head."""
+    batch, _, heads, _ = q.shape
+    kv_len = k.shape[1]
+
+    def estimate():
+        return lines.last_query_scores(q, k, lengths=lengths, q_offset=q_offset, last_q=last_q)
+
+    def nothing():
+        zeros = jnp.zeros((batch, heads, kv_len), jnp.float32)
+        return zeros, zeros
+
+    # Layers without vertical-slash heads skip the estimation at run time.
+    searched = jnp.any(patterns.kind == Kind.VERTICAL_SLASH)
+    vertical, slash = jax.lax.cond(searched, estimate, nothing)
+    vertical, distances = lines.choose_lines(vertical, slash, patterns, lengths=lengths)
+    key = jnp.arange(kv_len, dtype=jnp.int32)
+
+    def one_head(vertical, distances):
+        columns = compact(key, vertical, patterns.max_columns, kv_len)
+        entries = tiles.tiles_of_distances(distances, q_offset % ALIGNMENT, **blocks)
+        return columns, jnp.sum(vertical).astype(jnp.int32), entries
+
+    return jax.vmap(jax.vmap(one_head))(vertical, distances)
+
+
+def _block_lists(patterns, q, k, lengths, q_offset, blocks):
+    """Tiles of every query tile [batch, heads, num_q_blocks, max_tiles], and their counts."""
+    batch, q_len, heads, _ = q.shape
+    rows = num_q_blocks(q_len, blocks["block_q"])
+    max_tiles = block_sparse.tiles_per_row(patterns.max_blocks, k.shape[1], **blocks)
+
+    def estimate():
+        return block_sparse.block_tiles(
+            q, k, patterns.num_blocks, max_blocks=patterns.max_blocks, lengths=lengths,
+            q_offset=q_offset, **blocks,
+        )  # fmt: skip
+
+    def nothing():
+        return (
+            jnp.zeros((batch, heads, rows, max_tiles), jnp.int32),
+            jnp.zeros((batch, heads, rows), jnp.int32),
+        )
+
+    return jax.lax.cond(jnp.any(patterns.kind == Kind.BLOCK_SPARSE), estimate, nothing)

@@ -1,0 +1,65 @@
+"""Which columns and distances a head takes: A-shape, tri-shape and vertical-slash."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from minference_jax.index.select import top_k_mask
+from minference_jax.patterns import HeadPatterns, Kind
+from pallas_kernels.line_scores import line_scores
+
+
+def last_query_scores(
+    q: Float[Array, "batch q_len heads head_dim"],
+    k: Float[Array, "batch kv_len kv_heads head_dim"],
+    *,
+    lengths: Int[Array, " batch"],
+    q_offset: Int[Array, ""],
+    last_q: int,
+) -> tuple[Float[Array, "batch heads kv_len"], Float[Array, "batch heads kv_len"]]:
+    """Column and diagonal sums of the softmax of each row's last real queries (Algorithm 2)."""
+    q_len = q.shape[1]
+    last_q = min(last_q, q_len)
+    start = jnp.clip(lengths - q_offset - last_q, 0, q_len - last_q)
+    take = lambda x, at: jax.lax.dynamic_slice_in_dim(x, at, last_q)
+    return line_scores(jax.vmap(take)(q, start), k, first=q_offset + start, lengths=lengths)
+
+
+def choose_lines(
+    vertical: Float[Array, "batch heads kv_len"],
+    slash: Float[Array, "batch heads kv_len"],
+    patterns: HeadPatterns,
+    *,
+    lengths: Int[Array, " batch"],
+) -> tuple[Bool[Array, "batch heads kv_len"], Bool[Array, "batch heads kv_len"]]:
+    """Applies every head's budget: which key columns and which distances it visits.
+
+    The first `sink_size` columns and `window_size` distances come first, inside the budgets; an
+    A-shape is a head whose budgets end there. Dense and block-sparse heads get neither.
+
+    Args:
+        vertical: score of each column.
+        slash: score of each distance.
+        patterns: one layer's patterns.
+        lengths: real keys of each batch row; columns and distances from there on are never taken.
+
+    Returns:
+        Masks over columns and over distances.
+    """
+    kind = patterns.kind
+    searched = kind == Kind.VERTICAL_SLASH
+    lined = searched | (kind == Kind.A_SHAPE) | (kind == Kind.TRI_SHAPE)
+    columns = jnp.where(searched, patterns.vertical_size, patterns.sink_size)
+    distances = jnp.where(searched, patterns.slash_size, patterns.window_size)
+    position = jnp.arange(vertical.shape[-1])
+
+    def choose(scores, forced, budget, length):
+        scores = jnp.where(position < forced, jnp.inf, scores)
+        return top_k_mask(jnp.where(position < length, scores, -1.0), budget)
+
+    over_heads = jax.vmap(choose, in_axes=(0, 0, 0, None))
+    over_batch = jax.vmap(over_heads, in_axes=(0, None, None, 0))
+    return (
+        over_batch(vertical, patterns.sink_size, jnp.where(lined, columns, 0), lengths),
+        over_batch(slash, patterns.window_size, jnp.where(lined, distances, 0), lengths),
+    )

@@ -1,0 +1,243 @@
+"""The index: which key tiles and which single keys each query tile visits."""
+
+import dataclasses
+from typing import no_type_check
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels.common.tiling import cdiv
+
+# Hopper's bulk copies into swizzled shared memory start at multiples of 8 rows.
+ALIGNMENT = 8
+
+# Filler of unused list entries: as a distance or as a start it lies before every key.
+NO_TILE = -(2**30)
+
+
+@no_type_check
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class BlockSparseIndex:
+    """Key tiles and key columns for each (batch row, head, query tile of `block_q` rows).
+
+    Query tile i visits the tiles that start at `origin[i] + entries[begin[i] + j]` for j in
+    `0..count[i]-1`, each `block_kv` keys long. A list whose entries are (negative) distances is
+    shared by every query tile of a head: `origin` is then the position of the tile's first row,
+    rounded down to a multiple of ALIGNMENT. A list of absolute starts has origin 0. Besides, each
+    row sees the single keys `columns[:column_count]` of its head. A key counts once however often
+    it is named, only real keys (0 <= key < length) count, and only those at or before the row.
+
+    Invariants: starts of one query tile are strictly descending, at least `block_kv` apart (tiles
+    are disjoint) and multiples of ALIGNMENT; columns strictly ascend. `validate` checks them.
+
+    Attributes:
+        entries: int32 [batch, heads, capacity]; unused entries are NO_TILE.
+        begin: int32 [batch, heads, num_q_blocks], first entry of the query tile.
+        count: int32 [batch, heads, num_q_blocks], entries of the query tile.
+        origin: int32 [batch, heads, num_q_blocks], added to each entry.
+        columns: int32 [batch, heads, num_columns]; entries from column_count on are ignored.
+        column_count: int32 [batch, heads].
+        block_q: query rows of one tile (static).
+        block_kv: keys of one tile (static).
+    """
+
+    entries: Int[Array, "batch heads capacity"]
+    begin: Int[Array, "batch heads num_q_blocks"]
+    count: Int[Array, "batch heads num_q_blocks"]
+    origin: Int[Array, "batch heads num_q_blocks"]
+    columns: Int[Array, "batch heads num_columns"]
+    column_count: Int[Array, "batch heads"]
+    block_q: int = dataclasses.field(metadata={"static": True})
+    block_kv: int = dataclasses.field(metadata={"static": True})
+
+    def density(
+        self,
+        q_len: int,
+        kv_len: int,
+        *,
+        lengths: Int[Array, " batch"] | None = None,
+        q_offset: Int[Array, ""] | None = None,
+    ) -> Float[Array, "batch heads"]:
+        """Fraction of the causal (query, key) pairs of real rows that the index visits."""
+        pairs = self.visited_pairs(q_len, kv_len, lengths=lengths, q_offset=q_offset)
+        return pairs[0] / jnp.maximum(pairs[1], 1.0)
+
+    def visited_pairs(
+        self,
+        q_len: int,
+        kv_len: int,
+        *,
+        lengths: Int[Array, " batch"] | None = None,
+        q_offset: Int[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "batch heads"], Float[Array, "batch heads"]]:
+        """How many (query, key) pairs of real rows are visited, and how many are causal."""
+        batch = self.entries.shape[0]
+        lengths, q_offset = resolve_lengths(batch, q_len, kv_len, lengths, q_offset)
+
+        def one_head(entries, begin, count, origin, columns, column_count, length):
+            def one_tile(tile):
+                number, begin, count, origin = tile
+                first = q_offset + number * self.block_q
+                rows = jnp.clip(jnp.minimum(length, q_offset + q_len) - first, 0, self.block_q)
+                slot = jnp.arange(entries.shape[0])
+                start = origin + entries
+                low = jnp.maximum(start, 0)
+                width = jnp.where(
+                    (slot >= begin) & (slot < begin + count), start + self.block_kv - low, 0
+                )
+                tiles = _sum_clipped(first + 1 - low, rows, jnp.maximum(width, 0))
+                covered = covered_columns(entries, begin, count, origin, columns, self.block_kv)
+                use = (jnp.arange(columns.shape[0]) < column_count) & ~covered
+                singles = jnp.where(use, jnp.clip(first + rows - columns, 0, rows), 0)
+                causal = rows * first + rows * (rows + 1) // 2
+                visited = jnp.sum(tiles.astype(jnp.float32)) + jnp.sum(singles.astype(jnp.float32))
+                return visited, causal.astype(jnp.float32)
+
+            number = jnp.arange(begin.shape[0])
+            visited, causal = jax.lax.map(one_tile, (number, begin, count, origin))
+            return jnp.sum(visited), jnp.sum(causal)
+
+        over_heads = jax.vmap(one_head, in_axes=(0, 0, 0, 0, 0, 0, None))
+        return jax.vmap(over_heads)(
+            self.entries, self.begin, self.count, self.origin, self.columns, self.column_count,
+            lengths,
+        )  # fmt: skip
+
+    def to_mask(
+        self,
+        q_len: int,
+        kv_len: int,
+        *,
+        lengths: Int[Array, " batch"] | None = None,
+        q_offset: Int[Array, ""] | None = None,
+    ) -> Bool[Array, "batch heads q_len kv_len"]:
+        """The exact visited mask; for tests and pictures (memory grows with q_len * kv_len)."""
+        batch = self.entries.shape[0]
+        lengths, q_offset = resolve_lengths(batch, q_len, kv_len, lengths, q_offset)
+        key = jnp.arange(kv_len)
+
+        def one_head(entries, begin, count, origin, columns, column_count, length):
+            def one_tile(tile):
+                begin, count, origin = tile
+                slot = jnp.arange(entries.shape[0])
+                used = (slot >= begin) & (slot < begin + count)
+                edges = jnp.zeros((kv_len + 1,), jnp.int32)
+                start = jnp.where(used, origin + entries, NO_TILE)
+                edges = edges.at[jnp.clip(start, 0, kv_len)].add(1)
+                edges = edges.at[jnp.clip(start + self.block_kv, 0, kv_len)].add(-1)
+                return jnp.cumsum(edges)[:kv_len] > 0
+
+            tiles = jax.lax.map(one_tile, (begin, count, origin))
+            wanted = jnp.where(jnp.arange(columns.shape[0]) < column_count, columns, kv_len)
+            single = jnp.zeros((kv_len,), bool).at[wanted].set(True, mode="drop")
+            rows = jnp.repeat(tiles | single[None, :], self.block_q, axis=0)[:q_len]
+            position = q_offset + jnp.arange(q_len)
+            causal = key[None, :] <= position[:, None]
+            return rows & causal & (key < length)[None, :]
+
+        over_heads = jax.vmap(one_head, in_axes=(0, 0, 0, 0, 0, 0, None))
+        return jax.vmap(over_heads)(
+            self.entries, self.begin, self.count, self.origin, self.columns, self.column_count,
+            lengths,
+        )  # fmt: skip
+
+
+def resolve_lengths(
+    batch: int,
+    q_len: int,
+    kv_len: int,
+    lengths: Int[Array, " batch"] | None,
+    q_offset: Int[Array, ""] | int | None,
+) -> tuple[Int[Array, " batch"], Int[Array, ""]]:
+    """Fills the defaults: every key real, queries aligned to the end of the keys."""
+    if lengths is None:
+        lengths = jnp.full((batch,), kv_len, jnp.int32)
+    offset = kv_len - q_len if q_offset is None else q_offset
+    return lengths.astype(jnp.int32), jnp.asarray(offset, jnp.int32)
+
+
+def covered_columns(
+    entries: Int[Array, " capacity"],
+    begin: Int[Array, ""],
+    count: Int[Array, ""],
+    origin: Int[Array, ""],
+    columns: Int[Array, " num_columns"],
+    block_kv: int,
+) -> Bool[Array, " num_columns"]:
+    """Which columns lie inside a tile of one head's query tile, by binary search."""
+    capacity = entries.shape[0]
+    low = jnp.zeros(columns.shape, jnp.int32)
+    high = jnp.broadcast_to(count, columns.shape).astype(jnp.int32)
+    # low converges to the number of tiles that start after the column (starts descend).
+    for _ in range(capacity.bit_length()):
+        middle = (low + high) // 2
+        after = origin + entries[jnp.minimum(begin + middle, capacity - 1)] > columns
+        low = jnp.where((low < high) & after, middle + 1, low)
+        high = jnp.where(after, high, middle)
+    start = origin + entries[jnp.minimum(begin + low, capacity - 1)]
+    return (low < count) & (columns < start + block_kv)
+
+
+def validate(index: BlockSparseIndex) -> None:
+    """Checks the invariants of an index made outside this library, on the host.
+
+    Raises:
+        ValueError: shapes disagree, tiles of one query tile overlap or do not descend (a key would
+            count twice), a start is not a multiple of 8, or columns do not ascend.
+    """
+    entries, begin, count, origin, columns, column_count = (
+        np.asarray(x)
+        for x in (
+            index.entries, index.begin, index.count, index.origin, index.columns,
+            index.column_count,
+        )
+    )  # fmt: skip
+    if begin.shape != count.shape or begin.shape != origin.shape:
+        raise ValueError(
+            "`begin`, `count` and `origin` must have one shape [batch, heads, num_q_blocks], got "
+            f"{begin.shape}, {count.shape} and {origin.shape}"
+        )
+    if entries.shape[:2] != begin.shape[:2] or columns.shape[:2] != begin.shape[:2]:
+        raise ValueError(
+            f"`entries` {entries.shape} and `columns` {columns.shape} must agree with `begin` "
+            f"{begin.shape} in batch and heads"
+        )
+    for where in np.ndindex(*begin.shape):
+        first, number = begin[where], count[where]
+        if first < 0 or number < 0 or first + number > entries.shape[-1]:
+            raise ValueError(
+                f"query tile {where}: entries {first}..{first + number} are outside the list of "
+                f"{entries.shape[-1]}"
+            )
+        starts = origin[where] + entries[where[:2]][first : first + number]
+        if np.any(starts % ALIGNMENT):
+            raise ValueError(f"query tile {where}: tile starts must be multiples of {ALIGNMENT}")
+        if np.any(starts[:-1] - starts[1:] < index.block_kv):
+            raise ValueError(
+                f"query tile {where}: tiles must descend and be disjoint (at least "
+                f"{index.block_kv} apart), got starts {starts.tolist()}; merge duplicates first"
+            )
+    for where in np.ndindex(*column_count.shape):
+        used = columns[where][: column_count[where]]
+        if np.any(used[1:] <= used[:-1]) or np.any(used < 0):
+            raise ValueError(
+                f"columns of (batch, head) {where} must be >= 0 and strictly ascending"
+            )
+
+
+def num_q_blocks(q_len: int, block_q: int) -> int:
+    """Query tiles that cover q_len rows."""
+    return cdiv(q_len, block_q)
+
+
+def _sum_clipped(first: Array, rows: Array, width: Array) -> Array:
+    """Sum of clip(first + t, 0, width) over t in 0..rows-1, elementwise, in closed form."""
+
+    def total(x):  # sum of clip(y, 0, width) over y <= x
+        inside = jnp.clip(x, 0, width)
+        return inside * (inside + 1) // 2 + jnp.maximum(x - width, 0) * width
+
+    return total(first + rows - 1) - total(first - 1)
