@@ -70,6 +70,25 @@ class RopeConfig:
     interleaved: bool
     scaling: RopeScaling | None
 
+    def __post_init__(self) -> None:
+        """Raises ValueError when the frequencies cannot be computed."""
+        if self.theta <= 1:
+            raise ValueError(f"`rope.theta` must be above 1, got {self.theta}")
+        if self.rotary_dim < 2 or self.rotary_dim % 2:
+            raise ValueError(f"`rope.rotary_dim` must be even and positive, got {self.rotary_dim}")
+        if isinstance(self.scaling, LongRopeScaling):
+            for name in ("short_factor", "long_factor"):
+                found = len(getattr(self.scaling, name))
+                if found != self.rotary_dim // 2:
+                    raise ValueError(
+                        f"`rope.scaling.{name}` must have one divisor for each of the "
+                        f"{self.rotary_dim // 2} rotated pairs, got {found}"
+                    )
+        if isinstance(self.scaling, DynamicNTKScaling) and self.rotary_dim < 4:
+            raise ValueError(
+                f"dynamic NTK scaling needs `rope.rotary_dim` >= 4, got {self.rotary_dim}"
+            )
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
@@ -111,16 +130,20 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         """Raises ValueError when sizes do not fit together."""
+        positive = (
+            "vocab_size", "embed_dim", "hidden_dim", "num_layers", "num_heads", "num_kv_heads",
+            "head_dim", "max_position",
+        )  # fmt: skip
+        for name in positive:
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"`num_heads` ({self.num_heads}) must be a multiple of `num_kv_heads` "
                 f"({self.num_kv_heads}); check the checkpoint's configuration"
             )
-        if self.rope.rotary_dim % 2 or not 0 < self.rope.rotary_dim <= self.head_dim:
+        if self.rope.rotary_dim > self.head_dim:
             raise ValueError(
-                f"`rope.rotary_dim` must be even and in 2..head_dim ({self.head_dim}), "
-                f"got {self.rope.rotary_dim}"
+                f"`rope.rotary_dim` ({self.rope.rotary_dim}) must not exceed `head_dim` "
+                f"({self.head_dim})"
             )
-        for name in ("vocab_size", "embed_dim", "hidden_dim", "num_layers", "max_position"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {getattr(self, name)}")

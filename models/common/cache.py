@@ -1,0 +1,52 @@
+"""The key/value cache of all layers: static capacity, one length per row."""
+
+import dataclasses
+from typing import no_type_check
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+@no_type_check
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Keys (after rotary embedding) and values of the tokens read so far.
+
+    Attributes:
+        keys: `[layers, batch, capacity, kv_heads, head_dim]`; rows from a row's length on mean nothing.
+        values: as `keys`.
+        lengths: `[batch]` int32, tokens stored of each row; also the position of its next token.
+        rope_length: `[batch]` int32, the length that chose each row's rotary frequencies.
+    """
+
+    keys: Float[Array, "layers batch capacity kv_heads head_dim"]
+    values: Float[Array, "layers batch capacity kv_heads head_dim"]
+    lengths: Int[Array, " batch"]
+    rope_length: Int[Array, " batch"]
+
+    @property
+    def capacity(self) -> int:
+        """Tokens a row can hold."""
+        return self.keys.shape[2]
+
+
+def attend_cached(
+    q: Float[Array, "batch 1 heads head_dim"],
+    keys: Float[Array, "batch capacity kv_heads head_dim"],
+    values: Float[Array, "batch capacity kv_heads head_dim"],
+    lengths: Int[Array, " batch"],
+) -> Float[Array, "batch 1 heads head_dim"]:
+    """Attends one query of each row to the row's first `lengths` keys, densely, softmax in fp32.
+
+    Query heads are grouped by the key/value head they share, so keys and values are never repeated.
+    """
+    batch, _, heads, head_dim = q.shape
+    grouped = q.reshape(batch, keys.shape[2], heads // keys.shape[2], head_dim)
+    scores = jnp.einsum("bngd,bknd->bngk", grouped, keys, preferred_element_type=jnp.float32)
+    visible = jnp.arange(keys.shape[1])[None, :] < lengths[:, None]
+    scores = jnp.where(visible[:, None, None, :], scores * head_dim**-0.5, -jnp.inf)
+    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+    out = jnp.einsum("bngk,bknd->bngd", weights, values, preferred_element_type=jnp.float32)
+    return out.reshape(q.shape).astype(q.dtype)

@@ -1,0 +1,80 @@
+"""Checks of what callers pass, before anything runs. Values are checked where they are known (not traced)."""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, Int
+
+from models.common.cache import KVCache
+from models.common.config import DecoderConfig, DynamicNTKScaling
+
+
+def check_prompt(
+    tokens: Int[Array, "batch s"], lengths: Int[Array, " batch"] | None, config: DecoderConfig
+) -> None:
+    """Raises ValueError when the prompts are empty, too long, or hold unknown tokens."""
+    batch, length = tokens.shape
+    if batch < 1 or length < 1:
+        raise ValueError(
+            f"the prompt is empty: `tokens` must hold at least one token, got shape {tokens.shape}"
+        )
+    longest = length
+    if lengths is not None and is_concrete(lengths):
+        found = np.asarray(lengths)
+        if found.min() < 1 or found.max() > length:
+            raise ValueError(
+                f"`lengths` must lie in 1..{length}, the width of `tokens`; got "
+                f"{found.min()}..{found.max()}"
+            )
+        longest = int(found.max())
+    check_context(longest, config)
+    if is_concrete(tokens):
+        found = np.asarray(tokens)
+        if found.min() < 0 or found.max() >= config.vocab_size:
+            raise ValueError(
+                f"`tokens` must lie in 0..{config.vocab_size - 1}, the model's vocabulary; got "
+                f"{found.min()}..{found.max()}: does the tokenizer belong to this model?"
+            )
+
+
+def check_context(length: int, config: DecoderConfig) -> None:
+    """Raises ValueError when a row of `length` tokens is longer than the model's context."""
+    # Dynamic NTK stretches with the row: its `max_position` is only where stretching starts.
+    if length > config.max_position and not isinstance(config.rope.scaling, DynamicNTKScaling):
+        raise ValueError(
+            f"{length} tokens do not fit the model's context of {config.max_position}; shorten the "
+            "prompt, take a model made for longer ones, or extend this one: "
+            "`dataclasses.replace(config, max_position=…)`, with a `rope.scaling` (YarnScaling, "
+            "DynamicNTKScaling) to keep it accurate"
+        )
+
+
+def check_attention(attention_fn: Any, num_layers: int) -> None:
+    """Raises when `attention_fn` is no pytree of arrays with a leading `[layers]` axis."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(attention_fn):
+        name = f"`attention_fn`{jax.tree_util.keystr(path)}"
+        if not hasattr(leaf, "shape"):
+            raise TypeError(
+                f"{name} must be an array, got {type(leaf).__name__}: an attention is a pytree; wrap "
+                "a plain function in `jax.tree_util.Partial`"
+            )
+        if leaf.ndim < 1 or leaf.shape[0] != num_layers:
+            raise ValueError(
+                f"{name} has shape {leaf.shape}, but the model has {num_layers} layers and needs a "
+                "leading axis of that size: were these patterns made for another model?"
+            )
+
+
+def check_cache_room(cache: KVCache) -> None:
+    """Raises ValueError when a row of the cache has no room for another token."""
+    if is_concrete(cache.lengths) and int(np.max(np.asarray(cache.lengths))) >= cache.capacity:
+        raise ValueError(
+            f"the cache is full: its capacity is {cache.capacity} tokens and a row holds "
+            f"{int(np.max(np.asarray(cache.lengths)))}; pass a larger `capacity` to `prefill`"
+        )
+
+
+def is_concrete(array: Any) -> bool:
+    """Returns whether the array's values are known now, that is, it is not traced."""
+    return not isinstance(array, jax.core.Tracer)
