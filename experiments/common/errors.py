@@ -44,7 +44,7 @@ def run_reporting_errors(command: Callable[[], None]) -> int:
 
 
 def parse_reporting_errors[Parsed](parse: Callable[[], Parsed]) -> Parsed:
-    """Runs a tyro parser whose complaint becomes a one-line `UserError`; `--help` passes through."""
+    """Runs a tyro parser, its complaint made a one-line `UserError`; `--help` passes through."""
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
@@ -56,7 +56,7 @@ def parse_reporting_errors[Parsed](parse: Callable[[], Parsed]) -> Parsed:
 
 
 def _without_box(complaint: str) -> str:
-    """Returns the message of tyro's boxed complaint: the body up to its first rule, and the hint."""
+    """Returns the message of tyro's boxed complaint, up to its first rule, and where to look."""
     lines = [re.sub(r"[│╭╮╰╯]", "", line).strip() for line in complaint.splitlines()[1:]]
     body = []
     for line in lines:

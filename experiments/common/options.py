@@ -2,16 +2,35 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
+import tyro
 
-from experiments.common.errors import UserError, check_writable
+import minference_jax as mj
+from experiments.common.errors import UserError, check_writable, reported_as_user_error
 
 AttentionName = Literal[
     "dense", "minference", "a_shape", "tri_shape", "vertical_slash", "block_sparse"
 ]
+
+# Options that may be left out, without the `None` that tyro would show as a choice.
+OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
+OptionalFloat = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")]
+OptionalText = Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="")]
+OptionalPath = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
+
+# Budgets where the command line names none: those of the original project.
+VERTICAL_SLASH = mj.VerticalSlash(vertical_size=1000, slash_size=6096)
+DEFAULTS: dict[AttentionName, mj.Pattern] = {
+    "dense": mj.Dense(),
+    "minference": VERTICAL_SLASH,
+    "a_shape": mj.AShape(sink_size=128, window_size=1024),
+    "tri_shape": mj.TriShape(sink_size=128, window_size=3968, last_size=100),
+    "vertical_slash": VERTICAL_SLASH,
+    "block_sparse": mj.BlockSparse(num_blocks=100),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,13 +40,11 @@ class ModelOptions:
     model: str
     """A .gguf file, a Hugging Face or Orbax directory, or a hub id such as org/name."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of weights and activations; auto: bfloat16 on an accelerator, float32 on a CPU
-    (where it is the faster one)."""
-    context_length: int | None = None
-    """Read prompts beyond the model's own context, up to this many tokens, by dynamic NTK scaling
-    of the rotary embedding."""
-    chunk_size: int | None = None
-    """Read the prompt this many tokens at a time (less memory); all at once if not given."""
+    """Type of weights and activations; auto: float32 on a CPU, bfloat16 elsewhere."""
+    context_length: OptionalInt = None
+    """Stretch a shorter context to this many tokens, by dynamic NTK scaling of RoPE."""
+    chunk_size: OptionalInt = None
+    """Tokens read at a time (fewer need less memory); the whole prompt if not given."""
 
     def __post_init__(self) -> None:
         """Raises UserError for sizes below one."""
@@ -47,9 +64,9 @@ class ModelOptions:
 class PromptOptions:
     """The prompt: exactly one of the two."""
 
-    prompt: str | None = None
+    prompt: OptionalText = None
     """The prompt itself."""
-    prompt_file: Path | None = None
+    prompt_file: OptionalPath = None
     """A UTF-8 text file with the prompt."""
     chat: bool = True
     """Put the prompt into the model's chat template, if it has one, as the user's message."""
@@ -73,32 +90,31 @@ class PromptOptions:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionOptions:
-    """Attention while the prompt is read. Budgets left out take the pattern's own default."""
+    """Attention while the prompt is read.
+
+    Budgets left out take the pattern's default, in brackets. The attention `minference` without a
+    pattern file gives every head the vertical_slash pattern.
+    """
 
     attention: AttentionName = "minference"
-    """dense; minference: each head as --patterns says (without a file: vertical_slash for all heads);
-    or one pattern for all heads."""
-    patterns: Path | None = None
-    """Pattern file for --attention minference: the original project's JSON or this project's own."""
-    vertical_size: int | None = None
-    """vertical_slash, minference: key columns kept."""
-    slash_size: int | None = None
-    """vertical_slash, minference: diagonals kept."""
-    sink_size: int | None = None
-    """First keys that every query sees (all but dense and block_sparse)."""
-    window_size: int | None = None
-    """Nearest keys that every query sees (all but dense and block_sparse)."""
-    num_blocks: int | None = None
-    """block_sparse: key blocks kept for each block of queries."""
-    last_size: int | None = None
-    """tri_shape: last queries that see everything."""
-
-    BUDGETS = ("vertical_size", "slash_size", "sink_size", "window_size", "num_blocks", "last_size")
+    """One pattern for all heads; minference: each head's own, as --patterns says."""
+    patterns: OptionalPath = None
+    """Pattern file for minference: the original project's JSON, or this project's own format."""
+    vertical_size: OptionalInt = None
+    """Key columns kept (vertical_slash, minference: 1000)."""
+    slash_size: OptionalInt = None
+    """Diagonals kept (vertical_slash, minference: 6096)."""
+    sink_size: OptionalInt = None
+    """First keys every query sees (a_shape, tri_shape: 128; otherwise 30)."""
+    window_size: OptionalInt = None
+    """Nearest keys every query sees (a_shape: 1024, tri_shape: 3968; otherwise 100)."""
+    num_blocks: OptionalInt = None
+    """Blocks of 64 keys kept for each block of queries (block_sparse: 100)."""
+    last_size: OptionalInt = None
+    """Last queries that see everything (tri_shape: 100)."""
 
     def __post_init__(self) -> None:
-        """Raises UserError for a budget below zero or one that the attention does not have."""
-        for name in self.BUDGETS:
-            _at_least(name, getattr(self, name), 0)
+        """Raises UserError for a budget that the attention does not have or cannot take."""
         if self.patterns is not None and self.attention != "minference":
             raise UserError(
                 f"--patterns belongs to --attention minference, got --attention {self.attention}"
@@ -106,33 +122,66 @@ class AttentionOptions:
         if self.patterns is not None and self.budgets:
             flags = ", ".join(map(_flag, self.budgets))
             raise UserError(f"--patterns already sets every head's budget; remove {flags}")
-        allowed = self._own_budgets()
+        own = [field.name for field in dataclasses.fields(DEFAULTS[self.attention])]
         for name in self.budgets:
-            if name not in allowed:
-                have = ", ".join(map(_flag, allowed)) or "no budgets"
+            if name not in own:
+                have = ", ".join(map(_flag, own)) or "no budgets"
                 raise UserError(
                     f"{_flag(name)} does not apply to --attention {self.attention}, "
                     f"which has {have}"
                 )
+        self.uniform_pattern()
 
     @property
     def budgets(self) -> dict[str, int]:
         """The budgets given on the command line."""
-        values = {name: getattr(self, name) for name in self.BUDGETS}
+        names = ("vertical_size", "slash_size", "sink_size", "window_size", "num_blocks")
+        values = {name: getattr(self, name) for name in (*names, "last_size")}
         return {name: value for name, value in values.items() if value is not None}
 
-    def _own_budgets(self) -> tuple[str, ...]:
-        match self.attention:
-            case "dense":
-                return ()
-            case "a_shape":
-                return ("sink_size", "window_size")
-            case "tri_shape":
-                return ("sink_size", "window_size", "last_size")
-            case "block_sparse":
-                return ("num_blocks",)
-            case "vertical_slash" | "minference":
-                return ("vertical_size", "slash_size", "sink_size", "window_size")
+    def uniform_pattern(self) -> mj.Pattern:
+        """Returns the pattern of every head; raises UserError for a budget out of range."""
+        with reported_as_user_error(ValueError, TypeError):
+            return dataclasses.replace(DEFAULTS[self.attention], **self.budgets)
+
+    def check_readable(self) -> None:
+        """Raises UserError if the pattern file is not one; before a model is loaded for it."""
+        if self.patterns is not None:
+            self._load(self.patterns)
+
+    def _load(self, path: Path) -> mj.HeadPatterns:
+        with reported_as_user_error(OSError, ValueError):
+            return mj.HeadPatterns.load(path)
+
+    def head_patterns(self, *, num_layers: int, num_heads: int) -> mj.HeadPatterns:
+        """Returns the pattern of each head of a model of this size.
+
+        Raises:
+            UserError: the pattern file cannot be read, or is for other layers or heads.
+        """
+        if self.patterns is None:
+            pattern = self.uniform_pattern()
+            return mj.HeadPatterns.uniform(pattern, num_layers=num_layers, num_heads=num_heads)
+        patterns = self._load(self.patterns)
+        if (patterns.num_layers, patterns.num_heads) != (num_layers, num_heads):
+            raise UserError(
+                f"{self.patterns} describes {patterns.num_layers} layers of {patterns.num_heads} "
+                f"heads, but the model has {num_layers} layers of {num_heads} heads; "
+                "use a pattern file made for this model"
+            )
+        return patterns
+
+    def describe(self) -> str:
+        """Returns the attention in words: the name, and the budgets or the file."""
+        if self.attention == "dense":
+            return "dense"
+        if self.patterns is not None:
+            return f"minference, patterns of {self.patterns.name}"
+        sizes = dataclasses.asdict(self.uniform_pattern())
+        budget = ", ".join(f"{name}={value}" for name, value in sizes.items())
+        if self.attention == "minference":
+            return f"minference without a pattern file: vertical_slash for every head ({budget})"
+        return f"{self.attention} ({budget})"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,9 +192,9 @@ class SamplingOptions:
     """Tokens generated at most."""
     temperature: float = 0.0
     """0 takes the likeliest token; above, tokens are drawn."""
-    top_k: int | None = None
+    top_k: OptionalInt = None
     """Draw among this many likeliest tokens."""
-    top_p: float | None = None
+    top_p: OptionalFloat = None
     """Draw among the likeliest tokens that reach this probability together."""
     seed: int = 0
     """Seed of the draws."""
@@ -165,17 +214,19 @@ class SamplingOptions:
 class OutputOptions:
     """What is compared, measured, drawn and kept."""
 
-    compare: Literal["dense"] | None = None
+    compare: Annotated[
+        Literal["dense"] | None, tyro.conf.arg(metavar="dense", help_behavior_hint="")
+    ] = None
     """Also run dense attention, and report how far the next-token distribution moved."""
     repeats: int = 1
     """Timed runs of the prefill; the median is reported."""
-    plot: Path | None = None
+    plot: OptionalPath = None
     """Folder for pictures: density of every layer and head, and one head's visited keys."""
-    plot_layer: int | None = None
+    plot_layer: OptionalInt = None
     """Layer of the head drawn; the middle one if not given."""
     plot_head: int = 0
     """Head drawn."""
-    record: Path | None = None
+    record: OptionalPath = None
     """JSONL file that a record of the run is appended to."""
 
     def __post_init__(self) -> None:

@@ -24,7 +24,7 @@ _LIBRARIES = ("jax", "jaxlib", "flax", "numpy")
 
 
 def environment(argv: Sequence[str]) -> dict[str, Any]:
-    """Returns what a reader needs to judge a figure: code, libraries, machine, date, command line."""
+    """Returns what a reader needs to judge a figure: code, libraries, machine, date, command."""
     device = jax.devices()[0]
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

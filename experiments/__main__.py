@@ -1,0 +1,40 @@
+"""The command line: `minference` and `python -m experiments` are the same."""
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import tyro
+
+from experiments.common.errors import parse_reporting_errors, run_reporting_errors
+from experiments.generate import Generate
+from experiments.prefill import Prefill
+
+Command = tyro.conf.OmitArgPrefixes[
+    Annotated[Generate, tyro.conf.subcommand("generate", prefix_name=False)]
+    | Annotated[Prefill, tyro.conf.subcommand("prefill", prefix_name=False)]
+]
+DESCRIPTION = "MInference in JAX: long prompts read with sparse attention."
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+        argv: the arguments after the program's name; those of the process if None.
+
+    Returns:
+        The exit code: 0, or 2 if the input could not be used (told in one line on standard error).
+    """
+
+    def command() -> None:
+        parsed = parse_reporting_errors(
+            lambda: tyro.cli(Command, args=argv, prog="minference", description=DESCRIPTION)
+        )
+        parsed.run()
+
+    return run_reporting_errors(command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""What the commands that run one prompt share: their options, and the way from prompt to report."""
+
+import dataclasses
+import sys
+
+from rich.console import Console
+
+from experiments.common.compare import Task, attention_of, check_drawn_head, draw, run_outcomes
+from experiments.common.options import (
+    AttentionOptions,
+    ModelOptions,
+    OutputOptions,
+    PromptOptions,
+    SamplingOptions,
+)
+from experiments.common.record import append_record
+from experiments.common.report import Outcome, show
+from experiments.common.session import encode, load
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PromptCommand:
+    """A command that runs one prompt."""
+
+    model: ModelOptions
+    prompt: PromptOptions
+    attention: AttentionOptions = dataclasses.field(default_factory=AttentionOptions)
+    output: OutputOptions = dataclasses.field(default_factory=OutputOptions)
+
+
+def run_prompt(
+    config: PromptCommand, *, kind: str, sampling: SamplingOptions | None
+) -> list[Outcome]:
+    """Runs a prompt under the attention asked for, reports it, and returns the outcomes.
+
+    Args:
+        config: the options.
+        kind: name of the command, for the record.
+        sampling: how to generate after the prompt, or None to only read it.
+
+    Raises:
+        UserError: an input cannot be used, or an output not be written.
+    """
+    progress, console = Console(stderr=True), Console()
+    text = config.prompt.read()
+    config.output.check_writable()
+    config.attention.check_readable()
+    model = load(config.model, progress)
+    attention = attention_of(config.attention, model)
+    check_drawn_head(config.output, model)
+    tokens = encode(
+        model,
+        text,
+        chat=config.prompt.chat,
+        max_new_tokens=1 if sampling is None else sampling.max_new_tokens,
+    )
+    task = Task(
+        model=model,
+        tokens=tokens,
+        sampling=sampling,
+        chunk_size=config.model.chunk_size,
+        repeats=config.output.repeats,
+    )
+    outcomes = run_outcomes(
+        task,
+        config.attention,
+        attention=attention,
+        compare=config.output.compare is not None,
+        console=progress,
+    )
+    length = tokens.shape[1]
+    show(console, prompt_tokens=length, outcomes=outcomes)
+    for path in draw(outcomes[0], output=config.output, length=length):
+        console.print(f"picture: {path}")
+    if config.output.record is not None:
+        append_record(
+            config.output.record,
+            kind=kind,
+            argv=sys.argv,
+            config=config,
+            result={
+                "prompt_tokens": length,
+                "outcomes": [outcome.figures() for outcome in outcomes],
+            },
+        )
+        console.print(f"record: {config.output.record}")
+    return outcomes

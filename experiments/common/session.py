@@ -1,0 +1,236 @@
+"""Running a model on one prompt, with times, densities and the index kept."""
+
+import dataclasses
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+from models.common.generate import Sampling, sample_token
+from rich.console import Console
+from tqdm import tqdm
+
+from experiments.common.errors import UserError, reported_as_user_error
+from experiments.common.measure import peak_memory, stage
+from experiments.common.options import ModelOptions, SamplingOptions
+from models import LoadError, Model, load_model
+from models.common.config import DynamicNTKScaling
+from models.common.decoder import decode_step, prefill
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PrefillRun:
+    """A prompt that was read.
+
+    Attributes:
+        logits: of the next token.
+        cache: keys and values, for decoding.
+        density: share of the causal pairs that each head visited.
+        index: the index of every layer and chunk of the prompt, leaves [layers, chunks, ...].
+        chunk_size: tokens of a chunk.
+        compile_seconds: time to trace and compile.
+        seconds: time of each run, until the logits were there.
+        peak_memory: most bytes held up to the end of this run.
+    """
+
+    logits: Float[np.ndarray, " vocab"]
+    cache: Any
+    density: Float[np.ndarray, "layers heads"]
+    index: Any
+    chunk_size: int
+    compile_seconds: float
+    seconds: list[float]
+    peak_memory: int
+
+    @property
+    def median_seconds(self) -> float:
+        """Median time of a run: the time to first token, compilation apart."""
+        return float(np.median(self.seconds))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Generation:
+    """Text that was generated after a prompt.
+
+    Attributes:
+        text: the text, without the tokens that end it.
+        tokens: generated tokens, the ending one included.
+        compile_seconds: time to trace and compile one decoding step.
+        seconds: time of all decoding steps.
+    """
+
+    text: str
+    tokens: list[int]
+    compile_seconds: float
+    seconds: float
+
+
+def load(options: ModelOptions, console: Console) -> Model:
+    """Loads a model; raises UserError if its source cannot be used."""
+    with (
+        stage(console, f"loading {options.model}"),
+        reported_as_user_error(LoadError, OSError, prefix=f"cannot load {options.model}: "),
+    ):
+        model = load_model(options.model, dtype=options.jax_dtype)
+    if options.context_length is None:
+        return model
+    return dataclasses.replace(model, config=_extended(model.config, options.context_length))
+
+
+def _extended(config: Any, context_length: int) -> Any:
+    """Returns the configuration of a longer context, by dynamic NTK scaling."""
+    if context_length <= config.max_position:
+        return config
+    if config.rope.scaling is not None:
+        name = type(config.rope.scaling).__name__
+        raise UserError(
+            f"--context-length {context_length} needs a model without RoPE scaling, but this one "
+            f"has {name} to {config.max_position} tokens; use a model with a longer context"
+        )
+    scaling = DynamicNTKScaling(
+        factor=context_length / config.max_position, original_max_position=config.max_position
+    )
+    rope = dataclasses.replace(config.rope, scaling=scaling)
+    return dataclasses.replace(config, rope=rope, max_position=context_length)
+
+
+def encode(model: Model, text: str, *, chat: bool, max_new_tokens: int) -> Int[np.ndarray, "1 s"]:
+    """Returns the prompt's tokens; raises UserError if the model's context cannot hold them."""
+    tokenizer = model.tokenizer
+    if chat and tokenizer.has_chat_template:
+        with reported_as_user_error(ValueError):  # a template may refuse a conversation
+            text = tokenizer.apply_chat_template([{"role": "user", "content": text}])
+        tokens = tokenizer.encode(text, add_special_tokens=False)
+    else:
+        tokens = tokenizer.encode(text)
+    needed = len(tokens) + max_new_tokens
+    if needed > model.config.max_position:
+        raise UserError(
+            f"the prompt has {len(tokens)} tokens and up to {max_new_tokens} are to be generated, "
+            f"but the model's context is {model.config.max_position} tokens; shorten the prompt, "
+            f"or extend the context with --context-length {needed}"
+        )
+    return np.asarray([tokens], np.int32)
+
+
+def observe_pairs(
+    attention: Any, q: Array, k: Array, v: Array, *, lengths: Any, q_offset: Any
+) -> tuple[Array, tuple[tuple[Array, Array], Any]]:
+    """Attention of one layer, with the pairs that it visited, the causal ones, and its index."""
+    out, index = attention.attend(q, k, v, lengths=lengths, q_offset=q_offset)
+    pairs = index.visited_pairs(q.shape[1], k.shape[1], lengths=lengths, q_offset=q_offset)
+    return out, (tuple(pairs), index)
+
+
+def run_prefill(
+    model: Model,
+    tokens: Int[np.ndarray, "1 s"],
+    attention: Any,
+    *,
+    name: str,
+    console: Console,
+    max_new_tokens: int = 1,
+    chunk_size: int | None = None,
+    repeats: int = 1,
+) -> PrefillRun:
+    """Reads a prompt: compiles once, then runs `repeats` times.
+
+    Args:
+        model: the model.
+        tokens: one prompt.
+        attention: the attention, with a leading [layers] axis on its arrays.
+        name: what to call the run while it is shown.
+        console: where progress is shown.
+        max_new_tokens: room left in the cache.
+        chunk_size: tokens read at a time, all if None.
+        repeats: timed runs.
+    """
+    total = tokens.shape[1] + max_new_tokens
+
+    def read(params: Any, tokens: Array, attention: Any) -> Any:
+        return prefill(
+            params,
+            tokens,
+            config=model.config,
+            attention_fn=attention,
+            capacity=total,
+            rope_length=jnp.full((1,), total, jnp.int32),
+            chunk_size=chunk_size or length,  # so that observations always have a chunk axis
+            observe=observe_pairs,
+        )
+
+    length = tokens.shape[1]
+    arguments = (model.params, jnp.asarray(tokens), attention)
+    with stage(console, f"{name}: compiling the prefill") as compiling:
+        compiled = jax.jit(read).lower(*arguments).compile()
+    seconds = []
+    with stage(console, f"{name}: reading {length} tokens"):
+        for _ in range(repeats):
+            start = time.perf_counter()
+            logits, cache, (pairs, index) = jax.block_until_ready(compiled(*arguments))
+            seconds.append(time.perf_counter() - start)
+    visited, causal = (np.asarray(count, np.float64).sum(axis=1)[:, 0] for count in pairs)
+    return PrefillRun(
+        logits=np.asarray(logits[0], np.float32),
+        cache=cache,
+        density=(visited / causal).astype(np.float32),
+        index=index,
+        chunk_size=min(chunk_size or length, length),
+        compile_seconds=compiling.seconds,
+        seconds=seconds,
+        peak_memory=peak_memory(),
+    )
+
+
+def run_decode(
+    model: Model, run: PrefillRun, options: SamplingOptions, *, name: str, console: Console
+) -> Generation:
+    """Generates after a prompt until a stop token or the limit; uses up the run's cache."""
+    sampling = Sampling(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p)
+    keys = jax.random.split(jax.random.key(options.seed), options.max_new_tokens)
+
+    def step(params: Any, token: Array, cache: Any, key: Array) -> Any:
+        logits, cache = decode_step(params, token, cache, config=model.config)
+        return sample_token(logits, sampling, key), cache
+
+    token = sample_token(jnp.asarray(run.logits)[None, :], sampling, keys[0])
+    with stage(console, f"{name}: compiling the decoding step") as compiling:
+        # The cache is donated: it is updated in place instead of being copied for every token.
+        jitted = jax.jit(step, donate_argnums=2)
+        compiled = jitted.lower(model.params, token, run.cache, keys[0]).compile()
+    generated, cache = [int(token[0])], run.cache
+    start = time.perf_counter()
+    for key in tqdm(keys[1:], desc=f"{name}: decoding", unit="token", leave=False, disable=None):
+        if generated[-1] in model.tokenizer.stop_tokens:
+            break
+        token, cache = compiled(model.params, token, cache, key)
+        generated.append(int(token[0]))
+    seconds = time.perf_counter() - start
+    stops = model.tokenizer.stop_tokens
+    text = model.tokenizer.decode([token for token in generated if token not in stops])
+    return Generation(
+        text=text.strip(),
+        tokens=generated,
+        compile_seconds=compiling.seconds,
+        seconds=seconds,
+    )
+
+
+def visited_mask(
+    run: PrefillRun, *, layer: int, head: int, length: int
+) -> Bool[np.ndarray, "length length"]:
+    """Returns the keys that each query of one head visited, for a prompt of `length` tokens."""
+    index = jax.tree.map(lambda leaf: leaf[layer, :, :, head : head + 1], run.index)
+
+    @jax.jit
+    def rows(index: Any, q_offset: Array) -> Array:
+        lengths = jnp.full((1,), length, jnp.int32)
+        return index.to_mask(run.chunk_size, length, lengths=lengths, q_offset=q_offset)[0, 0]
+
+    chunks = [
+        np.asarray(rows(jax.tree.map(lambda leaf, n=number: leaf[n], index), jnp.int32(first)))
+        for number, first in enumerate(range(0, length, run.chunk_size))
+    ]
+    return np.concatenate(chunks)[:length]
