@@ -1,0 +1,6 @@
+"""Language models as pure functions of their parameters, with the attention as an argument."""
+
+from models.common.weights.errors import LoadError as LoadError
+from models.common.weights.orbax import save_checkpoint as save_checkpoint
+from models.load import load_model as load_model
+from models.model import Model as Model

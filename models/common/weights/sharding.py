@@ -1,0 +1,62 @@
+"""Where each parameter lives on a mesh of devices."""
+
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+MODEL_AXIS = "model"
+# The axis of each parameter that is split, counted from the end: attention heads, the MLP's width,
+# the vocabulary. The matching pairs (q, k, v with o; gate, up with down) need one all-reduce.
+_SPLIT = {
+    "embed.embedding": -2,
+    "layers.attention.q_proj.kernel": -2,
+    "layers.attention.k_proj.kernel": -2,
+    "layers.attention.v_proj.kernel": -2,
+    "layers.attention.q_proj.bias": -2,
+    "layers.attention.k_proj.bias": -2,
+    "layers.attention.v_proj.bias": -2,
+    "layers.attention.o_proj.kernel": -3,
+    "layers.mlp.gate_proj.kernel": -1,
+    "layers.mlp.up_proj.kernel": -1,
+    "layers.mlp.gate_proj.bias": -1,
+    "layers.mlp.up_proj.bias": -1,
+    "layers.mlp.down_proj.kernel": -2,
+    "lm_head.kernel": -1,
+}
+
+
+def param_sharding(path: str, shape: Sequence[int], mesh: Mesh) -> NamedSharding:
+    """The sharding of one parameter.
+
+    Args:
+        path: its dotted path in the tree.
+        shape: its shape.
+        mesh: devices; the axis named "model" splits heads, MLP width and vocabulary.
+
+    Returns:
+        The sharding; replicated for small parameters and where the axis does not divide evenly (few
+        key/value heads on many devices, for example).
+
+    Raises:
+        ValueError: the mesh has no axis "model".
+    """
+    if MODEL_AXIS not in mesh.shape:
+        raise ValueError(
+            f"the mesh needs an axis {MODEL_AXIS!r} to place parameters on, it has "
+            f"{tuple(mesh.shape)}: `jax.make_mesh((jax.device_count(),), ({MODEL_AXIS!r},))`"
+        )
+    spec: list[str | None] = [None] * len(shape)
+    axis = _SPLIT.get(path)
+    if axis is not None and shape[axis] % mesh.shape[MODEL_AXIS] == 0:
+        spec[axis] = MODEL_AXIS
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def placed(path: str, leaf: jax.ShapeDtypeStruct, mesh: Mesh | None) -> jax.ShapeDtypeStruct:
+    """The abstract parameter with its sharding: on the default device without a mesh."""
+    if mesh is None:
+        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    else:
+        sharding = param_sharding(path, leaf.shape, mesh)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

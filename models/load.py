@@ -1,0 +1,181 @@
+"""`load_model`: one call from a file, a directory or a hub id to a model that runs."""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from models.common.config import DecoderConfig, RopeScaling
+from models.common.decoder import abstract_params
+from models.common.tokenizer import Tokenizer, load_tokenizer, read_json
+from models.common.tokenizer_gguf import tokenizer_from_gguf
+from models.common.weights import hub
+from models.common.weights.errors import LoadError
+from models.common.weights.gguf import GGUFFile
+from models.common.weights.orbax import CHECKPOINT_CONFIG, load_checkpoint
+from models.common.weights.rope_scaling import scaling_from_mapping
+from models.common.weights.safetensors import SafetensorsDirectory
+from models.common.weights.sharding import placed
+from models.common.weights.table import Naming, TensorSource, flatten_paths, load_params
+from models.glm import convert as glm
+from models.llama import convert as llama
+from models.model import Model
+
+OnTensor = Callable[[int, int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Opened:
+    """A source whose configuration is known and whose weights are not read yet."""
+
+    config: DecoderConfig
+    naming: Naming
+    tensors: TensorSource
+    tokenizer: Callable[[], Tokenizer]
+
+
+def load_model(
+    source: str | Path,
+    *,
+    dtype: Any = jnp.bfloat16,
+    mesh: Mesh | None = None,
+    tokenizer: str | Path | None = None,
+    rope_scaling: RopeScaling | Mapping[str, Any] | None = None,
+    max_position: int | None = None,
+    on_tensor: OnTensor | None = None,
+) -> Model:
+    """Loads configuration, weights and tokenizer.
+
+    To go beyond the context that a model was made for, pass `rope_scaling` as its authors
+    recommend, for Qwen2.5 `{"rope_type": "yarn", "factor": 4.0}`; `max_position` then grows by the
+    factor unless it is given, too.
+
+    Args:
+        source: a `.gguf` file, a Hugging Face directory, a directory made by `save_checkpoint`, or
+            the id `organisation/name` of a model on the hub.
+        dtype: of the parameters and the computation; float32 or bfloat16 (float16 works, too).
+        mesh: devices to spread the parameters over, along its axis "model"; one device if None.
+        tokenizer: a directory whose `tokenizer.json` replaces the source's own tokenizer.
+        rope_scaling: replaces the source's; a config dataclass, or what `config.json` holds.
+        max_position: replaces the source's context length, in tokens.
+        on_tensor: called with (tensors read, tensors in all), for a progress bar.
+
+    Returns:
+        The model, parameters on the device(s).
+
+    Raises:
+        LoadError: the source is missing, damaged, of an unsupported kind or incomplete. Everything
+            that does not fit is listed at once, before any weight is read.
+    """
+    path = Path(source).expanduser()
+    if not path.exists() and hub.is_hub_id(str(source)):
+        path = hub.download(str(source))
+    own_tokenizer = None if tokenizer is None else Path(tokenizer).expanduser()
+    if (path / CHECKPOINT_CONFIG).is_file():
+        config, params, words = load_checkpoint(
+            path, dtype=dtype, mesh=mesh, tokenizer=own_tokenizer
+        )
+        config = _extended(config, rope_scaling, max_position)
+        return Model(config=config, params=params, tokenizer=words)
+    opened = _open(path)
+    words = opened.tokenizer() if own_tokenizer is None else load_tokenizer(own_tokenizer)
+    target = abstract_params(opened.config, dtype)
+    shardings = {
+        path: placed(path, leaf, mesh).sharding for path, leaf in flatten_paths(target).items()
+    }
+
+    def place(path: str, buffer: np.ndarray) -> jax.Array:
+        return jax.device_put(buffer, shardings[path])
+
+    params = load_params(opened.tensors, opened.naming, target, place=place, on_tensor=on_tensor)
+    config = _extended(opened.config, rope_scaling, max_position)
+    return Model(config=config, params=params, tokenizer=words)
+
+
+def _open(path: Path) -> _Opened:
+    if path.is_file():
+        return _open_gguf(path)
+    if not path.exists():
+        raise LoadError(
+            f"`{path}` does not exist: pass a `.gguf` file, a model directory, or a hub id "
+            "`organisation/name`"
+        )
+    if not (path / "config.json").is_file():
+        found = ", ".join(sorted(child.name for child in path.iterdir())[:10]) or "nothing"
+        raise LoadError(
+            f"`{path}` is no model directory: it has neither `config.json` (Hugging Face) nor "
+            f"`{CHECKPOINT_CONFIG}` (saved by `save_checkpoint`), but {found}"
+        )
+    return _open_hf(path)
+
+
+def _open_hf(directory: Path) -> _Opened:
+    values = read_json(directory / "config.json")
+    kind = values.get("model_type")
+    if kind in llama.HF_MODEL_TYPES:
+        config = llama.config_from_hf(values)
+        naming = llama.hf_naming(config)
+    elif kind in glm.HF_MODEL_TYPES:
+        config = glm.config_from_hf(values)
+        naming = glm.hf_naming(config, kind)
+    else:
+        raise _unsupported(
+            directory, "`model_type`", kind, llama.HF_MODEL_TYPES, glm.HF_MODEL_TYPES
+        )
+    return _Opened(
+        config, naming, SafetensorsDirectory(directory), lambda: load_tokenizer(directory)
+    )
+
+
+def _open_gguf(path: Path) -> _Opened:
+    file = GGUFFile(path)
+    kind = file.metadata.get("general.architecture")
+    if kind in llama.GGUF_ARCHITECTURES:
+        read_config, naming = llama.config_from_gguf, llama.gguf_naming(kind)
+    elif kind in glm.GGUF_ARCHITECTURES:
+        read_config, naming = glm.config_from_gguf, glm.gguf_naming()
+    else:
+        raise _unsupported(
+            path, "architecture", kind, llama.GGUF_ARCHITECTURES, glm.GGUF_ARCHITECTURES
+        )
+    embedding = file.shapes.get("token_embd.weight", (len(file.metadata["tokenizer.ggml.tokens"]),))
+    config = read_config(
+        {key: value for key, value in file.metadata.items() if key.startswith(f"{kind}.")},
+        frozenset(file.shapes),
+        vocab_size=embedding[0],
+        rope_factors={
+            name: file.read(f"{name}.weight", 0, file.shapes[f"{name}.weight"][0]).tolist()
+            for name in ("rope_freqs", "rope_factors_short", "rope_factors_long")
+            if f"{name}.weight" in file.shapes
+        },
+    )
+    return _Opened(config, naming, file, lambda: tokenizer_from_gguf(file.metadata))
+
+
+def _unsupported(path: Path, what: str, kind: Any, *supported: Sequence[str]) -> LoadError:
+    names = ", ".join(name for group in supported for name in group)
+    return LoadError(f"`{path}`: {what} {kind!r} is not supported; supported: {names}")
+
+
+def _extended(
+    config: DecoderConfig,
+    rope_scaling: RopeScaling | Mapping[str, Any] | None,
+    max_position: int | None,
+) -> DecoderConfig:
+    if rope_scaling is not None:
+        if isinstance(rope_scaling, Mapping):
+            rope_scaling = scaling_from_mapping(rope_scaling, max_position=config.max_position)
+        if max_position is None:
+            factor = getattr(rope_scaling, "factor", 1.0)
+            original = getattr(rope_scaling, "original_max_position", config.max_position)
+            max_position = max(config.max_position, int(factor * original))
+        rope = dataclasses.replace(config.rope, scaling=rope_scaling)
+        config = dataclasses.replace(config, rope=rope)
+    if max_position is not None:
+        config = dataclasses.replace(config, max_position=max_position)
+    return config
