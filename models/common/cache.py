@@ -15,7 +15,8 @@ class KVCache:
     """Keys (after rotary embedding) and values of the tokens read so far.
 
     Attributes:
-        keys: `[layers, batch, capacity, kv_heads, head_dim]`; rows from a row's length on mean nothing.
+        keys: `[layers, batch, capacity, kv_heads, head_dim]`; rows from a row's length on mean
+            nothing.
         values: as `keys`.
         lengths: `[batch]` int32, tokens stored of each row; also the position of its next token.
         rope_length: `[batch]` int32, the length that chose each row's rotary frequencies.

@@ -1,4 +1,4 @@
-"""Checks of what callers pass, before anything runs. Values are checked where they are known (not traced)."""
+"""Checks of what callers pass, before anything runs; values where they are known (not traced)."""
 
 from typing import Any
 
@@ -56,8 +56,8 @@ def check_attention(attention_fn: Any, num_layers: int) -> None:
         name = f"`attention_fn`{jax.tree_util.keystr(path)}"
         if not hasattr(leaf, "shape"):
             raise TypeError(
-                f"{name} must be an array, got {type(leaf).__name__}: an attention is a pytree; wrap "
-                "a plain function in `jax.tree_util.Partial`"
+                f"{name} must be an array, got {type(leaf).__name__}; an attention is a pytree: "
+                "wrap a plain function in `jax.tree_util.Partial`"
             )
         if leaf.ndim < 1 or leaf.shape[0] != num_layers:
             raise ValueError(

@@ -43,7 +43,7 @@ class YarnScaling:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LongRopeScaling:
-    """LongRoPE (Phi-3): one divisor per frequency, `short` up to the original length, else `long`."""
+    """LongRoPE (Phi-3): divisors per frequency, `short` up to the original length, else `long`."""
 
     short_factor: tuple[float, ...]
     long_factor: tuple[float, ...]

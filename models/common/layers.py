@@ -1,7 +1,7 @@
 """The modules of a pre-norm decoder, as immutable Flax NNX modules, and row-wise chunking.
 
-Modules only hold parameters and compute; caches go in and come out as values. Shapes of parameters are
-those of the checkpoint tree described in `models.common.decoder`, for one layer.
+Modules only hold parameters and compute; caches go in and come out as values. Shapes of parameters
+are those of the checkpoint tree described in `models.common.decoder`, for one layer.
 """
 
 from collections.abc import Callable
@@ -15,8 +15,9 @@ from jaxtyping import Array, Float
 from models.common.config import DecoderConfig
 from models.common.rope import apply_rope
 
-# Tokens whose MLP and projections are computed at once: enough to fill a matrix unit, while the widest
-# intermediate (Llama-3-8B: 14336 columns, two of them) stays near 250 MB in bf16 at any prompt length.
+# Tokens whose MLP and projections are computed at once: enough to fill a matrix unit, while the
+# widest intermediate (Llama-3-8B: 14336 columns, two of them) stays near 250 MB in bf16 at any
+# prompt length.
 TOKENS_PER_CHUNK = 4096
 
 
@@ -83,8 +84,8 @@ class DecoderLayer(nnx.Module):
     ) -> tuple[Float[Array, "batch s embed"], Any]:
         """Computes the layer around `attend(q, k, v) -> (out, anything)`.
 
-        Everything but `attend` works on rows, `TOKENS_PER_CHUNK` at a time, so that its memory does not
-        grow with the length times the MLP's width.
+        Everything but `attend` works on rows, `TOKENS_PER_CHUNK` at a time, so that its memory does
+        not grow with the length times the MLP's width.
 
         Returns:
             The new residual stream and what `attend` returned beside its output.
@@ -146,7 +147,7 @@ class Ends(nnx.Module):
 
 
 def rms_norm(config: DecoderConfig, *, dtype: Any, rngs: nnx.Rngs) -> nnx.RMSNorm:
-    """Returns an RMSNorm over the residual stream: statistics in fp32, output in the input's dtype."""
+    """Returns an RMSNorm of the residual stream: fp32 statistics, output in the input's dtype."""
     return nnx.RMSNorm(config.embed_dim, epsilon=config.norm_eps, param_dtype=dtype, rngs=rngs)
 
 

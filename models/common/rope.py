@@ -1,9 +1,9 @@
-"""Rotary position embedding: frequencies of every scaling, rotation tables, and the rotation itself.
+"""Rotary position embedding: frequencies of every scaling, rotation tables, and the rotation.
 
-A pair of coordinates with frequency f is turned by the angle `position * f`. In fp32 that product loses a
-sixteenth of a radian at a position of one million, so frequencies are kept in fixed point, as turns per
-token in units of 2^-32 turn: a wrapping 32-bit multiplication then drops the whole turns exactly, and
-angles are right to 1e-6 radian at any position below 2^31.
+A pair of coordinates with frequency f is turned by the angle `position * f`. In fp32 that product
+loses a sixteenth of a radian at a position of one million, so frequencies are kept in fixed point,
+as turns per token in units of 2^-32 turn: a wrapping 32-bit multiplication then drops the whole
+turns exactly, and angles are right to 1e-6 radian at any position below 2^31.
 """
 
 import math
@@ -39,15 +39,16 @@ def frequencies(rope: RopeConfig, rope_length: Int[Array, " batch"]) -> Frequenc
 
     Args:
         rope: the embedding's hyper-parameters.
-        rope_length: the length each row will have when it is finished. LongRoPE takes its long divisors
-            for rows longer than the original length, and dynamic NTK grows the base with it; the other
-            kinds do not read it. One length for a row's whole life keeps cached keys consistent.
+        rope_length: the length each row will have when it is finished. LongRoPE takes its long
+            divisors for rows longer than the original length, and dynamic NTK grows the base with
+            it; the other kinds do not read it. One length for a row's whole life keeps cached keys
+            consistent.
     """
     batch, half = rope_length.shape[0], rope.rotary_dim // 2
     plain = _plain(rope)
     scaling = rope.scaling
     if isinstance(scaling, DynamicNTKScaling):
-        # base' = base * growth^(d / (d - 2)), hence frequency' = frequency * growth^(-2i / (d - 2)).
+        # base' = base * growth^(d / (d - 2)), so frequency' = frequency * growth^(-2i / (d - 2)).
         original = scaling.original_max_position
         length = jnp.maximum(rope_length, original).astype(jnp.float32)
         growth = scaling.factor * length / original - (scaling.factor - 1.0)
@@ -66,7 +67,7 @@ def frequencies(rope: RopeConfig, rope_length: Int[Array, " batch"]) -> Frequenc
 
 
 def attention_factor(scaling: RopeScaling | None) -> float:
-    """Returns what multiplies cosines and sines (YaRN section 3.4, LongRoPE), so logits by its square."""
+    """Returns what multiplies cosines and sines (YaRN section 3.4, LongRoPE); logits get its square."""
     if isinstance(scaling, YarnScaling | LongRopeScaling):
         return scaling.attention_factor
     return 1.0

@@ -1,0 +1,221 @@
+"""The compiled passes behind `models.common.decoder`: whole, in chunks, and one token at a time.
+
+Callers have checked the arguments. Each pass scans the layers once, with the attention's array
+leaves next to the parameters, and differs in what `attend` does with a layer's queries, keys and
+values.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from models.common.cache import KVCache, attend_cached
+from models.common.config import DecoderConfig
+from models.common.layers import DecoderLayer, Ends
+from models.common.rope import rotation_tables
+
+Params = dict[str, Any]
+Observe = Callable[..., tuple[Array, Any]]
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def run_forward(params, tokens, lengths, rope_length, *, config, attention_fn):
+    """Computes the logits of every position; see `models.common.decoder.forward`."""
+    ends = _ends(params, config)
+    cos, sin = _tables(tokens.shape, 0, rope_length, config)
+
+    def attend(attention, q, k, v, layer, state):
+        return attention(q, k, v, lengths=lengths, q_offset=None), state, None
+
+    x, _, _ = _scan_layers(
+        params, ends.embed(tokens), cos, sin, attention_fn, attend, None, config=config
+    )
+    return ends.logits(x)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "capacity", "chunk_size", "observe"))
+def run_prefill(
+    params, tokens, lengths, rope_length, *, config, attention_fn, capacity, chunk_size, observe
+):
+    """Computes logits, cache and what was observed; see `models.common.decoder.prefill`."""
+    observe = _call_attention if observe is None else observe
+    whole = chunk_size is None or chunk_size >= tokens.shape[1]
+    read = _read_whole if whole else functools.partial(_read_chunks, chunk_size=chunk_size)
+    last, keys, values, observed = read(
+        params,
+        tokens,
+        lengths,
+        rope_length,
+        config=config,
+        attention_fn=attention_fn,
+        capacity=capacity,
+        observe=observe,
+    )
+    if whole and chunk_size is not None:
+        observed = jax.tree.map(lambda a: a[:, None], observed)
+    if lengths is None:
+        lengths = jnp.full(tokens.shape[0], tokens.shape[1], jnp.int32)
+    cache = KVCache(
+        keys=keys,
+        values=values,
+        lengths=lengths.astype(jnp.int32),
+        rope_length=rope_length.astype(jnp.int32),
+    )
+    return _ends(params, config).logits(last), cache, observed
+
+
+def _read_whole(params, tokens, lengths, rope_length, *, config, attention_fn, capacity, observe):
+    """The whole prompt at once; the cache leaves the layer scan as its stacked output."""
+    cos, sin = _tables(tokens.shape, 0, rope_length, config)
+    room = ((0, 0), (0, capacity - tokens.shape[1]), (0, 0), (0, 0))
+
+    def attend(attention, q, k, v, layer, state):
+        out, seen = observe(attention, q, k, v, lengths=lengths, q_offset=None)
+        return out, state, (jnp.pad(k, room), jnp.pad(v, room), seen)
+
+    x = _ends(params, config).embed(tokens)
+    x, _, (keys, values, observed) = _scan_layers(
+        params, x, cos, sin, attention_fn, attend, None, config=config
+    )
+    last = x[:, -1] if lengths is None else _row_at(x, lengths - 1)
+    return last, keys, values, observed
+
+
+def _read_chunks(
+    params, tokens, lengths, rope_length, *, config, attention_fn, capacity, observe, chunk_size
+):
+    """Chunk after chunk against the cache, which is carried and updated in place."""
+    batch, length = tokens.shape
+    if lengths is None:
+        lengths = jnp.full(batch, length, jnp.int32)
+    num_chunks = -(-length // chunk_size)
+    padded = num_chunks * chunk_size
+    chunks = jnp.pad(tokens, ((0, 0), (0, padded - length))).reshape(batch, num_chunks, chunk_size)
+    ends = _ends(params, config)
+    dtype = ends.embed.embedding.dtype
+    # The last chunk is written whole, so the cache has room for its padding meanwhile.
+    room = (config.num_layers, batch, max(capacity, padded), config.num_kv_heads, config.head_dim)
+
+    def read_chunk(carry, chunk):
+        keys, values, last = carry
+        tokens, q_offset = chunk
+        real = jnp.minimum(lengths, q_offset + chunk_size)
+        cos, sin = _tables(tokens.shape, q_offset, rope_length, config)
+
+        def attend(attention, q, k, v, layer, state):
+            start = (layer, 0, q_offset, 0, 0)
+            state = jax.tree.map(
+                lambda store, new: jax.lax.dynamic_update_slice(store, new[None], start),
+                state,
+                (k, v),
+            )
+            k, v = jax.tree.map(lambda store: store[layer], state)
+            out, seen = observe(attention, q, k, v, lengths=real, q_offset=q_offset)
+            return out, state, seen
+
+        x, (keys, values), seen = _scan_layers(
+            params, ends.embed(tokens), cos, sin, attention_fn, attend, (keys, values),
+            config=config,
+        )  # fmt: skip
+        row = lengths - 1 - q_offset
+        here = (row >= 0) & (row < chunk_size)
+        last = jnp.where(here[:, None], _row_at(x, jnp.clip(row, 0, chunk_size - 1)), last)
+        return (keys, values, last), seen
+
+    start = (
+        jnp.zeros(room, dtype),
+        jnp.zeros(room, dtype),
+        jnp.zeros((batch, config.embed_dim), dtype),
+    )
+    offsets = jnp.arange(num_chunks, dtype=jnp.int32) * chunk_size
+    (keys, values, last), observed = jax.lax.scan(
+        read_chunk, start, (jnp.moveaxis(chunks, 1, 0), offsets)
+    )
+    observed = jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1), observed)
+    return last, keys[:, :, :capacity], values[:, :, :capacity], observed
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def run_decode_step(params, token, cache, *, config):
+    """Reads one token of each row; see `models.common.decoder.decode_step`."""
+    ends = _ends(params, config)
+    positions = cache.lengths[:, None]
+    cos, sin = rotation_tables(config.rope, positions, cache.rope_length)
+    rows = jnp.arange(token.shape[0])
+
+    def attend(attention, q, k, v, layer, state):
+        state = jax.tree.map(
+            lambda store, new: store.at[layer, rows, cache.lengths].set(new[:, 0], mode="drop"),
+            state,
+            (k, v),
+        )
+        k, v = jax.tree.map(lambda store: store[layer], state)
+        return attend_cached(q, k, v, cache.lengths + 1), state, None
+
+    x, (keys, values), _ = _scan_layers(
+        params, ends.embed(token[:, None]), cos, sin, (), attend, (cache.keys, cache.values),
+        config=config,
+    )  # fmt: skip
+    logits = ends.logits(x[:, 0])
+    logits = jnp.where((cache.lengths < cache.capacity)[:, None], logits, jnp.nan)
+    return logits, KVCache(keys, values, cache.lengths + 1, cache.rope_length)
+
+
+def _scan_layers(params, x, cos, sin, attention_fn, attend, state, *, config):
+    """Runs all layers: `attend(attention, q, k, v, layer, state) -> (out, state, output)`.
+
+    Returns:
+        The residual stream, the final state, and `output` stacked over layers.
+    """
+    graph = _layer_graph(config)
+
+    def body(carry, layer):
+        x, state = carry
+        layer_params, attention, index = layer
+
+        def call(q, k, v):
+            out, new_state, output = attend(attention, q, k, v, index, state)
+            return out, (new_state, output)
+
+        x, (state, output) = nnx.merge(graph, layer_params)(x, cos, sin, call)
+        return (x, state), output
+
+    layers = (params["layers"], attention_fn, jnp.arange(config.num_layers, dtype=jnp.int32))
+    (x, state), outputs = jax.lax.scan(body, (x, state), layers)
+    return x, state, outputs
+
+
+@functools.cache
+def _layer_graph(config: DecoderConfig):
+    layer = nnx.eval_shape(lambda: DecoderLayer(config, dtype=jnp.float32, rngs=nnx.Rngs(0)))
+    return nnx.split(layer)[0]
+
+
+@functools.cache
+def _ends_graph(config: DecoderConfig):
+    ends = nnx.eval_shape(lambda: Ends(config, dtype=jnp.float32, rngs=nnx.Rngs(0)))
+    return nnx.split(ends)[0]
+
+
+def _ends(params: Params, config: DecoderConfig) -> Ends:
+    return nnx.merge(
+        _ends_graph(config), {name: leaf for name, leaf in params.items() if name != "layers"}
+    )
+
+
+def _tables(shape, q_offset, rope_length, config):
+    positions = jnp.broadcast_to(q_offset + jnp.arange(shape[1], dtype=jnp.int32)[None, :], shape)
+    return rotation_tables(config.rope, positions, rope_length)
+
+
+def _row_at(x: Float[Array, "batch s embed"], row: Int[Array, " batch"]) -> Array:
+    return jnp.take_along_axis(x, row[:, None, None], axis=1)[:, 0]
+
+
+def _call_attention(attention, q, k, v, *, lengths, q_offset):
+    return attention(q, k, v, lengths=lengths, q_offset=q_offset), None
