@@ -20,7 +20,7 @@ LAST_Q = 64
 
 @no_type_check
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class SparseAttention:
     """Sparse causal attention with the patterns of a whole model: an AttentionFn.
 

@@ -131,7 +131,7 @@ _SIZES = ("vertical_size", "slash_size", "sink_size", "window_size", "last_size"
 
 @no_type_check
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class HeadPatterns:
     """The pattern of every head of a model: a pytree, so other values never recompile.
 

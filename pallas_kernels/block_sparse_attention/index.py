@@ -19,7 +19,7 @@ NO_TILE = -(2**30)
 
 @no_type_check
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class BlockSparseIndex:
     """Key tiles and key columns for each (batch row, head, query tile of `block_q` rows).
 

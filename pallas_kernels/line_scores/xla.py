@@ -20,7 +20,7 @@ def line_scores(
     """Column sums and diagonal sums; memory is last_q * chunk for each head."""
     batch, last_q, heads, head_dim = q.shape
     kv_len, kv_heads = k.shape[1:3]
-    chunk = min(_CHUNK, round_up(kv_len, 8))
+    chunk = _CHUNK  # whatever kv_len is, so that padding never changes a sum
     padded = round_up(kv_len, chunk)
     k = jnp.pad(k, ((0, 0), (0, padded - kv_len), (0, 0), (0, 0)))
     q = q.astype(jnp.float32).reshape(batch, last_q, kv_heads, heads // kv_heads, head_dim)
