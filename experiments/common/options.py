@@ -1,8 +1,9 @@
 """Groups of command line options. Field docstrings are the `--help` text."""
 
+import contextlib
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -41,15 +42,31 @@ class ModelOptions:
     """A .gguf file, a Hugging Face or Orbax directory, or a hub id such as org/name."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of weights and activations; auto: float32 on a CPU, bfloat16 elsewhere."""
-    context_length: OptionalInt = None
-    """Stretch a shorter context to this many tokens, by dynamic NTK scaling of RoPE."""
+    tokenizer: OptionalPath = None
+    """Directory with the tokenizer.json to use instead of the model's own tokenizer."""
+    rope_scaling: OptionalText = None
+    """KIND:FACTOR (linear, dynamic or yarn) stretches the context, for example yarn:4."""
     chunk_size: OptionalInt = None
     """Tokens read at a time (fewer need less memory); the whole prompt if not given."""
 
     def __post_init__(self) -> None:
-        """Raises UserError for sizes below one."""
-        for name in ("context_length", "chunk_size"):
-            _at_least(name, getattr(self, name), 1)
+        """Raises UserError for a size below one, or a scaling that is none."""
+        _at_least("chunk_size", self.chunk_size, 1)
+        _ = self.scaling
+
+    @property
+    def scaling(self) -> dict[str, Any] | None:
+        """The RoPE scaling asked for, as a model's `config.json` would write it."""
+        if self.rope_scaling is None:
+            return None
+        kind, _, factor = self.rope_scaling.partition(":")
+        if kind in ("linear", "dynamic", "yarn"):
+            with contextlib.suppress(ValueError):
+                return {"rope_type": kind, "factor": float(factor)}
+        raise UserError(
+            "--rope-scaling must be linear:FACTOR, dynamic:FACTOR or yarn:FACTOR, "
+            f"got {self.rope_scaling}"
+        )
 
     @property
     def jax_dtype(self) -> jnp.dtype:

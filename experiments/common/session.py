@@ -1,6 +1,7 @@
 """Running a model on one prompt, with times, densities and the index kept."""
 
 import dataclasses
+import math
 import time
 from typing import Any
 
@@ -8,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
-from models.common.generate import Sampling, sample_token
 from rich.console import Console
 from tqdm import tqdm
 
@@ -16,8 +16,8 @@ from experiments.common.errors import UserError, reported_as_user_error
 from experiments.common.measure import peak_memory, stage
 from experiments.common.options import ModelOptions, SamplingOptions
 from models import LoadError, Model, load_model
-from models.common.config import DynamicNTKScaling
 from models.common.decoder import decode_step, prefill
+from models.common.generate import Sampling, choose_tokens
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,32 +68,24 @@ class Generation:
 
 
 def load(options: ModelOptions, console: Console) -> Model:
-    """Loads a model; raises UserError if its source cannot be used."""
+    """Loads a model with a progress bar; raises UserError if its source cannot be used."""
     with (
         stage(console, f"loading {options.model}"),
+        tqdm(unit="tensor", leave=False, disable=None) as bar,
         reported_as_user_error(LoadError, OSError, prefix=f"cannot load {options.model}: "),
     ):
-        model = load_model(options.model, dtype=options.jax_dtype)
-    if options.context_length is None:
-        return model
-    return dataclasses.replace(model, config=_extended(model.config, options.context_length))
 
+        def on_tensor(read: int, total: int) -> None:
+            bar.total = total
+            bar.update(read - bar.n)
 
-def _extended(config: Any, context_length: int) -> Any:
-    """Returns the configuration of a longer context, by dynamic NTK scaling."""
-    if context_length <= config.max_position:
-        return config
-    if config.rope.scaling is not None:
-        name = type(config.rope.scaling).__name__
-        raise UserError(
-            f"--context-length {context_length} needs a model without RoPE scaling, but this one "
-            f"has {name} to {config.max_position} tokens; use a model with a longer context"
+        return load_model(
+            options.model,
+            dtype=options.jax_dtype,
+            tokenizer=options.tokenizer,
+            rope_scaling=options.scaling,
+            on_tensor=on_tensor,
         )
-    scaling = DynamicNTKScaling(
-        factor=context_length / config.max_position, original_max_position=config.max_position
-    )
-    rope = dataclasses.replace(config.rope, scaling=scaling)
-    return dataclasses.replace(config, rope=rope, max_position=context_length)
 
 
 def encode(model: Model, text: str, *, chat: bool, max_new_tokens: int) -> Int[np.ndarray, "1 s"]:
@@ -105,12 +97,12 @@ def encode(model: Model, text: str, *, chat: bool, max_new_tokens: int) -> Int[n
         tokens = tokenizer.encode(text, add_special_tokens=False)
     else:
         tokens = tokenizer.encode(text)
-    needed = len(tokens) + max_new_tokens
-    if needed > model.config.max_position:
+    needed, context = len(tokens) + max_new_tokens, model.config.max_position
+    if needed > context:
         raise UserError(
             f"the prompt has {len(tokens)} tokens and up to {max_new_tokens} are to be generated, "
-            f"but the model's context is {model.config.max_position} tokens; shorten the prompt, "
-            f"or extend the context with --context-length {needed}"
+            f"but the model's context is {context} tokens; shorten the prompt, or extend the "
+            f"context with --rope-scaling, for example dynamic:{math.ceil(needed / context)}"
         )
     return np.asarray([tokens], np.int32)
 
@@ -193,9 +185,9 @@ def run_decode(
 
     def step(params: Any, token: Array, cache: Any, key: Array) -> Any:
         logits, cache = decode_step(params, token, cache, config=model.config)
-        return sample_token(logits, sampling, key), cache
+        return choose_tokens(logits, sampling, key), cache
 
-    token = sample_token(jnp.asarray(run.logits)[None, :], sampling, keys[0])
+    token = choose_tokens(jnp.asarray(run.logits)[None, :], sampling, keys[0])
     with stage(console, f"{name}: compiling the decoding step") as compiling:
         # The cache is donated: it is updated in place instead of being copied for every token.
         jitted = jax.jit(step, donate_argnums=2)

