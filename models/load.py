@@ -143,11 +143,12 @@ def _open_gguf(path: Path) -> _Opened:
         raise _unsupported(
             path, "architecture", kind, llama.GGUF_ARCHITECTURES, glm.GGUF_ARCHITECTURES
         )
-    embedding = file.shapes.get("token_embd.weight", (len(file.metadata["tokenizer.ggml.tokens"]),))
+    # An absent embedding is reported with everything else that is missing.
+    vocab_size = file.shapes.get("token_embd.weight", (1,))[0]
     config = read_config(
         {key: value for key, value in file.metadata.items() if key.startswith(f"{kind}.")},
         frozenset(file.shapes),
-        vocab_size=embedding[0],
+        vocab_size=vocab_size,
         rope_factors={
             name: file.read(f"{name}.weight", 0, file.shapes[f"{name}.weight"][0]).tolist()
             for name in ("rope_freqs", "rope_factors_short", "rope_factors_long")

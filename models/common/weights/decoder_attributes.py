@@ -22,8 +22,8 @@ IRRELEVANT = frozenset(
     pretraining_tp problem_type remove_invalid_values repetition_penalty resid_pdrop
     return_dict return_dict_in_generate sep_token_id suppress_tokens task_specific_params
     temperature tf_legacy_loss tokenizer_class top_k top_p torch_dtype torchscript
-    transformers.js_config transformers_version typical_p unk_token_id unsloth_fixed unsloth_version use_bfloat16
-    use_cache
+    transformers.js_config transformers_version typical_p unk_token_id unsloth_fixed unsloth_version
+    use_bfloat16 use_cache
     """.split()  # noqa: SIM905, words read better than 80 quoted strings
 )
 

@@ -21,7 +21,7 @@ class _BoundedReader(gguf.GGUFReader):
     still works, only slower and with less precise messages.
     """
 
-    def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
+    def _get(self, offset: Any, dtype: Any, count: Any = 1, override_order: Any = None) -> Any:
         end = int(offset) + np.dtype(dtype).itemsize * int(count)
         if end > len(self.data):
             raise LoadError(
@@ -29,7 +29,7 @@ class _BoundedReader(gguf.GGUFReader):
             )
         return super()._get(offset, dtype, count, override_order)
 
-    def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+    def _get_field_parts(self, orig_offs: Any, raw_type: Any) -> Any:
         if gguf.GGUFValueType(raw_type) != gguf.GGUFValueType.ARRAY or self.byte_order != "I":
             return super()._get_field_parts(orig_offs, raw_type)
         item = gguf.GGUFValueType(self._get(orig_offs, np.uint32)[0])

@@ -50,7 +50,8 @@ def param_sharding(path: str, shape: Sequence[int], mesh: Mesh) -> NamedSharding
     axis = _SPLIT.get(path)
     if axis is not None and shape[axis] % mesh.shape[MODEL_AXIS] == 0:
         spec[axis] = MODEL_AXIS
-    return NamedSharding(mesh, PartitionSpec(*spec))
+    # Automatic axes, whatever kind the caller's are: the compiler places what the model computes.
+    return NamedSharding(Mesh(mesh.devices, mesh.axis_names), PartitionSpec(*spec))
 
 
 def placed(path: str, leaf: jax.ShapeDtypeStruct, mesh: Mesh | None) -> jax.ShapeDtypeStruct:
