@@ -8,9 +8,11 @@ Each `<case>.npz` holds
     logits           [batch, s, vocab] fp32, of a plain forward pass
     greedy           [batch, NEW_TOKENS] int32, greedy continuation
 
-so that `config.json` and the tensors alone make a checkpoint directory. Weights are bf16 values stored as
-fp32, which halves the compressed files. Configurations come in the two forms found in the wild:
-`rope_theta` with `rope_scaling` (most of the hub), and `rope_parameters` (transformers 5).
+so that `config.json` and the tensors alone make a checkpoint directory. `rope/hf_frequencies.npz`
+holds the inverse frequencies and attention factor that transformers computes for full-size
+configurations. Weights are bf16 values stored as fp32, which halves the compressed files.
+Configurations come in the two forms found in the wild: `rope_theta` with `rope_scaling` (most of
+the hub), and `rope_parameters` (transformers 5).
 
     pip install torch transformers
     python tests/golden/make_hf_goldens.py
@@ -23,7 +25,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 OUT = Path(__file__).parent
 NEW_TOKENS = 6
@@ -193,7 +196,12 @@ CASES = {
         40,
         True,
     ),
-    "yi": (LLAMA, {"rope_theta": 5000000.0, "num_key_value_heads": 1, "pad_token_id": 0}, 24, False),
+    "yi": (
+        LLAMA,
+        {"rope_theta": 5000000.0, "num_key_value_heads": 1, "pad_token_id": 0},
+        24,
+        False,
+    ),
     "mistral": (MISTRAL, {}, 24, False),
     "qwen2": (QWEN2, {}, 24, False),
     "qwen2-untied": (QWEN2, {"tie_word_embeddings": False}, 24, True),
@@ -226,11 +234,12 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
 def greedy_tokens(model: torch.nn.Module, tokens: torch.Tensor) -> np.ndarray:
     """Greedy continuation with one set of RoPE frequencies: those of the finished sequence.
 
-    transformers lets dynamic frequencies move while tokens are generated, which leaves cached keys rotated
-    by older ones. A pass at the final length first sets them, and they stay while sequences are longer
-    than the original length; the other kinds do not change between the prompt and its continuation here.
+    transformers lets dynamic frequencies move while tokens are generated, which leaves cached keys
+    rotated by older ones. A pass at the final length first sets them, and they stay while sequences
+    are longer than the original length; the other kinds do not change between the prompt and its
+    continuation here.
     """
-    batch, length = tokens.shape
+    length = tokens.shape[1]
     with torch.no_grad():
         model(torch.zeros((1, length + NEW_TOKENS), dtype=torch.long))
         sequence = tokens
@@ -343,7 +352,46 @@ def to_chatglm(case: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     }
 
 
+def rope_frequencies() -> dict[str, np.ndarray]:
+    """Inverse frequencies `<name>` and `<name>:factor`; test_rope.py has the same cases."""
+    divisors = {"short_factor": SHORT_96, "long_factor": LONG_96}
+    cases = {
+        "linear": ({"rope_type": "linear", "factor": 4.0}, 10000.0, 128, 4096, None),
+        "dynamic-short": ({"rope_type": "dynamic", "factor": 2.0}, 10000.0, 128, 4096, 1000),
+        "dynamic-long": ({"rope_type": "dynamic", "factor": 2.0}, 10000.0, 128, 4096, 100_000),
+        "llama3": (
+            {**LLAMA3_SCALING, "original_max_position_embeddings": 8192}, 500000.0, 128, 131072,
+            None
+        ),
+        "yarn": ({**YARN, "original_max_position_embeddings": 32768}, 1000000.0, 128, 131072, None),
+        "yarn-untruncated": (
+            {**YARN, "beta_fast": 20.0, "beta_slow": 2.5, "truncate": False}, 10000.0, 64, 128, None
+        ),
+        "longrope-short": ({"rope_type": "longrope", **divisors}, 10000.0, 96, 131072, 4096),
+        "longrope-long": ({"rope_type": "longrope", **divisors}, 10000.0, 96, 131072, 4097),
+    }  # fmt: skip
+    out = {}
+    for name, (scaling, theta, head_dim, context, length) in cases.items():
+        if scaling["rope_type"] == "longrope":
+            scaling = {
+                **scaling,
+                "original_max_position_embeddings": 4096,
+                "factor": context / 4096,
+            }
+        config = LlamaConfig(
+            head_dim=head_dim,
+            max_position_embeddings=context,
+            rope_parameters={**scaling, "rope_theta": theta},
+        )
+        frequencies, factor = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](config, "cpu", length)
+        out[name] = frequencies.numpy()
+        out[f"{name}:factor"] = np.float64(factor)
+    return out
+
+
 def main() -> None:
+    (OUT / "rope").mkdir(exist_ok=True)
+    np.savez_compressed(OUT / "rope" / "hf_frequencies.npz", **rope_frequencies())
     total = 0
     for name in [*CASES, "chatglm"]:
         case = to_chatglm(make_case("glm")) if name == "chatglm" else make_case(name)
