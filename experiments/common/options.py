@@ -264,7 +264,7 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _at_least(name: str, value: float | None, least: int) -> None:
+def _at_least(name: str, value: int | float | None, least: int) -> None:
     if value is not None and value < least:
         raise UserError(f"{_flag(name)} must be at least {least}, got {value}")
 

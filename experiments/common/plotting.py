@@ -1,20 +1,17 @@
 """One look for all pictures. Drawn without a display."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import matplotlib as mpl
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Bool, Float
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
-STYLE: Mapping[str, Any] = {
+STYLE: dict[str, Any] = {
     "font.size": 9,
     "axes.titlesize": 10,
     "axes.spines.top": False,
@@ -69,8 +66,7 @@ def draw_mask(axes: Axes, visited: Bool[np.ndarray, "q_len kv_len"], title: str)
     cell's causal pairs that is visited; keys in the future are grey.
     """
     shares = visited_shares(visited, _CELLS)
-    colours = ListedColormap(mpl.colormaps["Blues"](np.linspace(0, 1, 256)))
-    colours.set_bad("0.88")
+    colours = mpl.colormaps["Blues"].with_extremes(bad="0.88")
     q_len, kv_len = visited.shape
     image = axes.imshow(
         np.sqrt(shares),  # a single visited column or diagonal of a cell stays visible
@@ -111,18 +107,17 @@ def visited_shares(
     return np.where(possible > 0, hit / np.maximum(possible, 1), np.nan)
 
 
-def density_picture(density: Float[Array, "layers heads"], *, title: str, path: Path) -> Path:
+def density_picture(density: Float[np.ndarray, "layers heads"], *, title: str, path: Path) -> Path:
     """Writes the heat map of all heads' densities."""
-    density = np.asarray(jax.device_get(density), np.float32)
     num_layers, num_heads = density.shape
     width, height = 2.6 + 0.22 * num_heads, 1.4 + 0.16 * num_layers
-    figure, [axes] = new_figure(min(max(width, 4.5), 10), min(max(height, 3.2), 9))
+    figure, [axes] = new_figure(min(max(width, 4.5), 10.0), min(max(height, 3.2), 9.0))
     draw_density(axes, density, title)
     return save(figure, path)
 
 
-def mask_picture(visited: Bool[Array, "q_len kv_len"], *, title: str, path: Path) -> Path:
+def mask_picture(visited: Bool[np.ndarray, "q_len kv_len"], *, title: str, path: Path) -> Path:
     """Writes the picture of one head's visited keys."""
     figure, [axes] = new_figure(6.2, 5.2)
-    draw_mask(axes, np.asarray(jax.device_get(visited)), title)
+    draw_mask(axes, visited, title)
     return save(figure, path)

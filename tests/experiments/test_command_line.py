@@ -1,0 +1,112 @@
+"""Both commands on a tiny model, through `main(argv)`."""
+
+import json
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from experiments.__main__ import main
+from experiments.common.record import read_records
+
+PROMPT = " ".join(f"t{3 + i % 50}" for i in range(40))
+
+
+def run_recorded(tmp_path, *argv):
+    """Runs a command and returns its record's result."""
+    record = tmp_path / "record.jsonl"
+    assert main([*argv, "--record", str(record)]) == 0
+    return read_records(record)[-1]["result"]
+
+
+def test_generate_answers_and_reports(tiny_model, capsys, tmp_path):
+    result = run_recorded(
+        tmp_path, "generate", "--model", tiny_model, "--prompt", PROMPT, "--max-new-tokens", "5"
+    )
+    shown = capsys.readouterr().out
+    answer = result["outcomes"][0]["generation"]
+    assert result["prompt_tokens"] == 40
+    assert len(answer["tokens"]) == 5
+    assert answer["text"] == " ".join(f"t{token}" for token in answer["tokens"])
+    assert answer["text"] in shown
+    for words in ("time to first token", "compilation", "causal pairs visited", "peak memory"):
+        assert words in shown
+
+
+@pytest.mark.parametrize(
+    "budget",
+    [
+        pytest.param(["--attention", "minference"], id="minference-default"),
+        pytest.param(["--attention", "a_shape", "--window-size", "64"], id="a-shape"),
+        pytest.param(["--attention", "tri_shape"], id="tri-shape"),
+        pytest.param(["--attention", "block_sparse"], id="block-sparse"),
+    ],
+)
+def test_budget_that_covers_the_prompt_agrees_with_dense(tiny_model, tmp_path, budget):
+    asked, dense = run_recorded(
+        tmp_path,
+        "prefill",
+        "--model",
+        tiny_model,
+        "--prompt",
+        PROMPT,
+        "--compare",
+        "dense",
+        *budget,
+    )["outcomes"]
+    assert dense["name"] == "dense"
+    assert np.all(np.array(asked["density"]) == 1)
+    assert asked["agreement"]["top1_equal"]
+    assert asked["agreement"]["kl"] < 1e-6
+    assert asked["next_token"] == dense["next_token"]
+
+
+def test_small_budget_is_sparse_and_drawn(tiny_model, tmp_path):
+    # A prompt longer than a tile of the kernel, or every pair would be visited.
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text(" ".join(f"t{3 + i * i % 50}" for i in range(500)))
+    common = ["prefill", "--model", tiny_model, "--prompt-file", str(prompt)]
+    scaled = ["--rope-scaling", "linear:8", "--attention", "a_shape"]
+    budget = ["--sink-size", "8", "--window-size", "16"]
+    pictures = ["--plot", str(tmp_path / "plots"), "--plot-layer", "1", "--plot-head", "3"]
+    [outcome] = run_recorded(tmp_path, *common, *scaled, *budget, *pictures)["outcomes"]
+    [chunked] = run_recorded(tmp_path, *common, *scaled, *budget, "--chunk-size", "96")["outcomes"]
+    assert np.all(np.array(outcome["density"]) < 0.8)
+    assert np.all(np.array(chunked["density"]) < 0.8)
+    names = sorted(path.name for path in (tmp_path / "plots").iterdir())
+    assert names == ["density.png", "mask_layer1_head3.png"]
+    for name in names:
+        pixels = imread(tmp_path / "plots" / name)[..., :3]
+        assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50
+
+
+def test_record_holds_what_was_asked_and_where(tiny_model, tmp_path):
+    record = tmp_path / "new folder" / "record.jsonl"
+    for seed in ("1", "2"):
+        argv = ["--model", tiny_model, "--prompt", "t4 t5", "--attention", "dense", "--seed", seed]
+        assert main(["generate", *argv, "--temperature", "1", "--record", str(record)]) == 0
+    first, second = read_records(record, kind="generate")
+    assert [first["config"]["sampling"]["seed"], second["config"]["sampling"]["seed"]] == [1, 2]
+    assert first["config"]["attention"]["attention"] == "dense"
+    assert {"jax", "device", "cpus", "git", "argv", "date"} <= set(first["environment"])
+    assert first["result"]["outcomes"][0]["generation"]["tokens"]
+
+
+def test_sampling_depends_on_the_seed_alone(tiny_model, tmp_path):
+    def tokens(seed):
+        sampling = ["--temperature", "2", "--seed", seed, "--max-new-tokens", "8"]
+        argv = ["--model", tiny_model, "--prompt", PROMPT, "--attention", "dense", *sampling]
+        return run_recorded(tmp_path, "generate", *argv)["outcomes"][0]["generation"]["tokens"]
+
+    assert tokens("1") == tokens("1")
+    assert tokens("1") != tokens("2")
+
+
+def test_pattern_file_of_the_original_project(tiny_model, tmp_path):
+    layer = {str(head): ["vertical_and_slash", 30, 100, 1] for head in range(4)}
+    patterns = tmp_path / "patterns.json"
+    patterns.write_text(json.dumps([layer, layer]))
+    result = run_recorded(
+        tmp_path, "prefill", "--model", tiny_model, "--prompt", PROMPT, "--patterns", str(patterns)
+    )
+    assert "patterns.json" in result["outcomes"][0]["description"]
