@@ -60,16 +60,22 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
             "the GGUF file has no tokenizer; pass a directory with the model's `tokenizer.json` as "
             "`tokenizer=`"
         )
-    if kind == "gpt2":
-        backend = _byte_level(metadata, tokens)
-    elif kind == "llama":
-        backend = _sentencepiece(metadata, tokens)
-    else:
+    builders = {"gpt2": _byte_level, "llama": _sentencepiece}
+    if kind not in builders:
         raise LoadError(
             f"the GGUF file's tokenizer is of the kind {kind!r}; built in are 'gpt2' (byte-level "
             "BPE) and 'llama' (SentencePiece). Pass a directory with the model's `tokenizer.json` "
             "as `tokenizer=`."
         )
+    try:
+        backend = builders[kind](metadata, tokens)
+    except LoadError:
+        raise
+    except Exception as error:  # the library raises bare Exception for what does not fit together
+        raise LoadError(
+            f"the GGUF file's vocabulary and merges do not fit together ({error}); the file is "
+            "damaged, download it again"
+        ) from error
     _add_special_tokens(backend, metadata, tokens)
     _add_sequence_markers(backend, metadata, tokens, default_bos=kind == "llama")
     stops = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]

@@ -10,20 +10,20 @@ from models.common.weights.errors import LoadError
 # names files, classes, data types, or settings of outputs, caches and generation.
 IRRELEVANT = frozenset(
     """
-    _attn_implementation _attn_implementation_autoset _commit_hash _name_or_path add_cross_attention
-    architectures attention_dropout auto_map bad_words_ids begin_suppress_tokens bias_dropout_fusion
-    bos_token_id chunk_size_feed_forward classifier_dropout cross_attention_hidden_size
-    decoder_start_token_id diversity_penalty do_sample dtype early_stopping embd_pdrop
-    encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_penalty finetuning_task
-    forced_bos_token_id forced_eos_token_id hidden_dropout hidden_dropout_prob id2label
-    initializer_range is_decoder is_llama_config keys_to_ignore_at_inference label2id length_penalty
-    max_length min_length model_type no_repeat_ngram_size num_beam_groups num_beams
-    num_return_sequences output_attentions output_hidden_states output_scores pad_token_id prefix
-    pretraining_tp problem_type remove_invalid_values repetition_penalty resid_pdrop
-    return_dict return_dict_in_generate sep_token_id suppress_tokens task_specific_params
-    temperature tf_legacy_loss tokenizer_class top_k top_p torch_dtype torchscript
-    transformers.js_config transformers_version typical_p unk_token_id unsloth_fixed unsloth_version
-    use_bfloat16 use_cache
+    _attn_implementation _attn_implementation_autoset _commit_hash _name_or_path
+    add_cross_attention architectures attention_dropout attn_implementation auto_map bad_words_ids
+    begin_suppress_tokens bias_dropout_fusion bos_token_id chunk_size_feed_forward
+    classifier_dropout cross_attention_hidden_size decoder_start_token_id diversity_penalty
+    do_sample dtype early_stopping embd_pdrop encoder_no_repeat_ngram_size eos_token_id
+    exponential_decay_length_penalty finetuning_task forced_bos_token_id forced_eos_token_id
+    hidden_dropout hidden_dropout_prob id2label initializer_range is_decoder is_llama_config
+    keys_to_ignore_at_inference label2id length_penalty max_length min_length model_type
+    no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_attentions
+    output_hidden_states output_scores pad_token_id prefix pretraining_tp problem_type
+    remove_invalid_values repetition_penalty resid_pdrop return_dict return_dict_in_generate
+    sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss tokenizer_class
+    top_k top_p torch_dtype torchscript transformers.js_config transformers_version typical_p
+    unk_token_id unsloth_fixed unsloth_version use_bfloat16 use_cache
     """.split()  # noqa: SIM905, words read better than 80 quoted strings
 )
 
