@@ -20,7 +20,6 @@ STYLE: dict[str, Any] = {
     "figure.dpi": 150,
     "figure.facecolor": "white",
     "savefig.facecolor": "white",
-    "image.interpolation": "nearest",
 }
 _CELLS = 480  # squares along each side of a mask picture: about one per pixel
 
