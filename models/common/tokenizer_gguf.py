@@ -44,6 +44,8 @@ _SPLITS: dict[str, tuple[str, ...]] = {
 }
 # These look a whole piece up in the vocabulary before merging its bytes.
 _WHOLE_PIECES_FIRST = frozenset({"llama-bpe", "llama3", "llama-v3", "falcon3", "tekken"})
+# GGUF states one end of a sequence where models have several; these texts mean nothing else.
+_ENDS = frozenset({"<|endoftext|>", "<|im_end|>", "<|end|>", "<|eot_id|>", "<|eom_id|>"})
 _SPACE = "\u2581"
 
 
@@ -78,13 +80,12 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> Tokenizer:
         ) from error
     _add_special_tokens(backend, metadata, tokens)
     _add_sequence_markers(backend, metadata, tokens, default_bos=kind == "llama")
-    stops = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
     return Tokenizer(
         backend=backend,
         chat_template=metadata.get("tokenizer.chat_template"),
         bos_token=_token(metadata, tokens, "bos"),
         eos_token=_token(metadata, tokens, "eos"),
-        stop_tokens=tuple(dict.fromkeys(stop for stop in stops if stop is not None)),
+        stop_tokens=_stop_tokens(metadata, tokens),
     )
 
 
@@ -189,6 +190,17 @@ def _add_sequence_markers(
             single=[*before, "$A", *after],
             special_tokens=[(token, tokens.index(token)) for token in {*before, *after}],
         )
+
+
+def _stop_tokens(metadata: Mapping[str, Any], tokens: Sequence[str]) -> tuple[int, ...]:
+    stated = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
+    types = metadata.get("tokenizer.ggml.token_type") or ()
+    known = [
+        index
+        for index, (token, kind) in enumerate(zip(tokens, types, strict=False))
+        if kind == gguf.TokenType.CONTROL and token in _ENDS
+    ]
+    return tuple(dict.fromkeys(stop for stop in [*stated, *known] if stop is not None))
 
 
 def _token(metadata: Mapping[str, Any], tokens: Sequence[str], name: str) -> str | None:

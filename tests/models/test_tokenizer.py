@@ -93,6 +93,14 @@ def test_special_tokens_stay_whole():
     assert tokenizer.stop_tokens == (tokenizer.backend.token_to_id("<|end|>"),)
 
 
+def test_known_ends_stop_beside_the_stated_one():
+    tokenizer = tokenizer_from_gguf(gpt2_metadata(eos_token_id=len(BYTES)))
+    assert tokenizer.stop_tokens == (len(BYTES), tokenizer.backend.token_to_id("<|end|>"))
+    ordinary = gpt2_metadata(eos_token_id=0)
+    ordinary["tokenizer.ggml.token_type"][-2] = 1
+    assert tokenizer_from_gguf(ordinary).stop_tokens == (0,)
+
+
 def test_markers_are_added_when_the_file_says_so():
     end = len(BYTES) + 3
     metadata = gpt2_metadata(bos_token_id=end, add_bos_token=True, add_eos_token=True)
