@@ -172,7 +172,7 @@ def _scan_layers(params, x, cos, sin, attention_fn, attend, state, *, config):
     Returns:
         The residual stream, the final state, and `output` stacked over layers.
     """
-    graph = _layer_graph(config)
+    graph = _layer_graph(config, x.dtype)
 
     def body(carry, layer):
         x, state = carry
@@ -191,21 +191,21 @@ def _scan_layers(params, x, cos, sin, attention_fn, attend, state, *, config):
 
 
 @functools.cache
-def _layer_graph(config: DecoderConfig):
-    layer = nnx.eval_shape(lambda: DecoderLayer(config, dtype=jnp.float32, rngs=nnx.Rngs(0)))
+def _layer_graph(config: DecoderConfig, dtype: jnp.dtype):
+    layer = nnx.eval_shape(lambda: DecoderLayer(config, dtype=dtype, rngs=nnx.Rngs(0)))
     return nnx.split(layer)[0]
 
 
 @functools.cache
-def _ends_graph(config: DecoderConfig):
-    ends = nnx.eval_shape(lambda: Ends(config, dtype=jnp.float32, rngs=nnx.Rngs(0)))
+def _ends_graph(config: DecoderConfig, dtype: jnp.dtype):
+    # Not only shapes: an `nnx.Embed` keeps the dtype it was made with as that of its output.
+    ends = nnx.eval_shape(lambda: Ends(config, dtype=dtype, rngs=nnx.Rngs(0)))
     return nnx.split(ends)[0]
 
 
 def _ends(params: Params, config: DecoderConfig) -> Ends:
-    return nnx.merge(
-        _ends_graph(config), {name: leaf for name, leaf in params.items() if name != "layers"}
-    )
+    graph = _ends_graph(config, params["embed"]["embedding"].dtype)
+    return nnx.merge(graph, {name: leaf for name, leaf in params.items() if name != "layers"})
 
 
 def _tables(shape, q_offset, rope_length, config):

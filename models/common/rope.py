@@ -67,7 +67,7 @@ def frequencies(rope: RopeConfig, rope_length: Int[Array, " batch"]) -> Frequenc
 
 
 def attention_factor(scaling: RopeScaling | None) -> float:
-    """Returns what multiplies cosines and sines (YaRN section 3.4, LongRoPE); logits get its square."""
+    """Returns what multiplies cosines and sines (YaRN section 3.4, LongRoPE)."""
     if isinstance(scaling, YarnScaling | LongRopeScaling):
         return scaling.attention_factor
     return 1.0
