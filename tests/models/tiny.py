@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from models.common.config import DecoderConfig, RopeConfig
-from models.common.decoder import init_params
+from models.common.decoder import abstract_params
 
 CONFIG = DecoderConfig(
     family="llama",
@@ -30,10 +30,19 @@ CONFIG = DecoderConfig(
 @functools.cache
 def tiny_params(config=CONFIG, dtype=jnp.float32):
     """Random parameters, norms and biases too, so that each of them matters."""
-    leaves, tree = jax.tree.flatten(init_params(config, jax.random.key(0), jnp.float32))
     rng = np.random.default_rng(1)
-    noisy = [leaf + 0.2 * rng.standard_normal(leaf.shape).astype(np.float32) for leaf in leaves]
-    return jax.tree.map(lambda leaf: leaf.astype(dtype), jax.tree.unflatten(tree, noisy))
+
+    def draw(path, leaf):
+        noise = rng.standard_normal(leaf.shape)
+        kind = path[-1].key
+        if kind == "kernel":
+            fan_in = config.hidden_dim if path[-2].key == "down_proj" else config.embed_dim
+            noise = noise / fan_in**0.5
+        elif kind == "scale":
+            noise = 1 + 0.3 * noise
+        return jnp.asarray(noise, jnp.float32).astype(dtype)
+
+    return jax.tree_util.tree_map_with_path(draw, abstract_params(config, jnp.float32))
 
 
 def random_tokens(batch, length, seed=0):
