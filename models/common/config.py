@@ -1,7 +1,6 @@
 """Hyper-parameters of a pre-norm decoder: everything the forward pass reads, and nothing else."""
 
 import dataclasses
-from typing import Literal
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,7 +94,6 @@ class DecoderConfig:
     """A Llama- or GLM-like decoder.
 
     Attributes:
-        family: which naming tables and checkpoint layouts apply.
         vocab_size: rows of the embedding.
         embed_dim: width of the residual stream.
         hidden_dim: width of the gated MLP.
@@ -112,7 +110,6 @@ class DecoderConfig:
         tie_embeddings: the LM head is the embedding's transpose.
     """
 
-    family: Literal["llama", "glm"]
     vocab_size: int
     embed_dim: int
     hidden_dim: int

@@ -18,7 +18,6 @@ def glm4_9b_chat_1m() -> DecoderConfig:
 
 def _glm4_9b(*, num_kv_heads: int, rope_ratio: float, max_position: int) -> DecoderConfig:
     return DecoderConfig(
-        family="glm",
         vocab_size=151_552,
         embed_dim=4096,
         hidden_dim=13_696,

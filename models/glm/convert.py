@@ -114,7 +114,6 @@ def _from_glm(attributes: Attributes) -> DecoderConfig:
     )
     return build_config(
         attributes,
-        family="glm",
         rope=rope,
         vocab_size=attributes.require("vocab_size", int),
         embed_dim=width,
@@ -158,7 +157,6 @@ def _from_chatglm(attributes: Attributes) -> DecoderConfig:
     linear_bias = bool(attributes.take("add_bias_linear", True))
     return build_config(
         attributes,
-        family="glm",
         rope=make_rope(
             attributes,
             theta=10000.0 * float(attributes.take("rope_ratio", 1.0)),
@@ -218,7 +216,6 @@ def config_from_gguf(
     )
     return build_config(
         attributes,
-        family="glm",
         rope=rope,
         qkv_bias="blk.0.attn_qkv.bias" in tensors or "blk.0.attn_q.bias" in tensors,
         o_bias="blk.0.attn_output.bias" in tensors,

@@ -41,7 +41,6 @@ def llama3_1_8b() -> DecoderConfig:
 def yi_9b_200k() -> DecoderConfig:
     """Yi-9B-200K: 48 narrow layers, 4 key/value heads."""
     return DecoderConfig(
-        family="llama",
         vocab_size=64_000,
         embed_dim=4096,
         hidden_dim=11_008,
@@ -58,7 +57,6 @@ def yi_9b_200k() -> DecoderConfig:
 def mistral_7b() -> DecoderConfig:
     """Mistral 7B v0.2: context 32K, no sliding window."""
     return DecoderConfig(
-        family="llama",
         vocab_size=32_000,
         embed_dim=4096,
         hidden_dim=14_336,
@@ -75,7 +73,6 @@ def mistral_7b() -> DecoderConfig:
 def smollm2_135m() -> DecoderConfig:
     """SmolLM2-135M: 30 narrow layers, tied embeddings; runs on a laptop."""
     return DecoderConfig(
-        family="llama",
         vocab_size=49_152,
         embed_dim=576,
         hidden_dim=1536,
@@ -108,7 +105,6 @@ def phi3_mini_128k(
         attention_factor=math.sqrt(1 + math.log(context / original) / math.log(original)),
     )
     return DecoderConfig(
-        family="llama",
         vocab_size=32_064,
         embed_dim=3072,
         hidden_dim=8192,
@@ -154,7 +150,6 @@ def qwen2_5(size: Literal["0.5B", "1.5B", "3B", "7B", "14B", "32B", "72B"]) -> D
 
 def _llama3_8b(*, theta: float, max_position: int, scaling: RopeScaling | None) -> DecoderConfig:
     return DecoderConfig(
-        family="llama",
         vocab_size=128_256,
         embed_dim=4096,
         hidden_dim=14_336,
@@ -172,7 +167,6 @@ def _qwen2(sizes: tuple[int, int, int, int, int], *, vocab_size: int, tied: bool
     embed_dim, hidden_dim, num_layers, num_heads, num_kv_heads = sizes
     head_dim = embed_dim // num_heads
     return DecoderConfig(
-        family="llama",
         vocab_size=vocab_size,
         embed_dim=embed_dim,
         hidden_dim=hidden_dim,

@@ -116,7 +116,6 @@ def config_from_hf(values: Mapping[str, Any]) -> DecoderConfig:
     )
     return build_config(
         attributes,
-        family="llama",
         rope=rope,
         vocab_size=attributes.require("vocab_size", int),
         embed_dim=width,
@@ -200,7 +199,6 @@ def config_from_gguf(
     theta = float(attributes.take(f"{kind}.rope.freq_base", 10000.0))
     return build_config(
         attributes,
-        family="llama",
         rope=make_rope(
             attributes, theta=theta, rotary_dim=rotary, interleaved=False, scaling=scaling
         ),

@@ -45,8 +45,8 @@ ROPE_FIELDS = {
     "interleaved": True,
     "scaling": LinearScaling(factor=2.0),
 }
-# `family` names the checkpoint's layout for whoever reads it; `max_position` has its own test.
-OTHER_FIELDS = {"family", "max_position", "rope"}
+# `max_position` has its own test.
+OTHER_FIELDS = {"max_position", "rope"}
 
 SCALINGS = {
     LinearScaling(factor=2.0): {"factor": 3.0},

@@ -12,7 +12,6 @@ from models.common.config import DecoderConfig, RopeConfig
 from models.common.decoder import abstract_params
 
 CONFIG = DecoderConfig(
-    family="llama",
     vocab_size=50,
     embed_dim=32,
     hidden_dim=48,

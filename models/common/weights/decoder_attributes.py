@@ -1,6 +1,6 @@
 """Attributes that the decoders of Hugging Face and GGUF share, and those that change nothing."""
 
-from typing import Any, Literal
+from typing import Any
 
 from models.common.config import DecoderConfig, RopeConfig
 from models.common.weights.attributes import Attributes
@@ -47,9 +47,7 @@ def full_attention_only(attributes: Attributes, max_position: int, *, used: bool
         )
 
 
-def build_config(
-    attributes: Attributes, *, family: Literal["llama", "glm"], rope: RopeConfig, **sizes: Any
-) -> DecoderConfig:
+def build_config(attributes: Attributes, *, rope: RopeConfig, **sizes: Any) -> DecoderConfig:
     """Makes the configuration once every attribute is accounted for.
 
     Raises:
@@ -62,7 +60,7 @@ def build_config(
         )
     attributes.finish()
     try:
-        return DecoderConfig(family=family, rope=rope, **sizes)
+        return DecoderConfig(rope=rope, **sizes)
     except ValueError as error:
         raise LoadError(f"the model's configuration does not fit together: {error}") from error
 
