@@ -1,5 +1,5 @@
 # `make demo` and `make test` build .venv themselves; only Python 3.12 or newer is needed.
-PYTHON ?= python3
+PYTHON ?= $(shell python3.12 -c '' 2>/dev/null && echo python3.12 || echo python3)
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check

@@ -65,7 +65,7 @@ def stage(console: Console, doing: str) -> Iterator[Stage]:
     with console.status(f"{doing} …"):
         yield step
         step.seconds = time.perf_counter() - start
-    console.print(f"{doing}: {step.seconds:.1f} s", highlight=False)
+    console.print(f"{doing}: {step.seconds:.1f} s", highlight=False, soft_wrap=True)
 
 
 def _log_softmax(logits: Float[np.ndarray, " vocab"]) -> Float[np.ndarray, " vocab"]:

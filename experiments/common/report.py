@@ -53,17 +53,24 @@ class Outcome:
 
 def show(console: Console, *, prompt_tokens: int, outcomes: list[Outcome]) -> None:
     """Prints the table of the runs, the density of every layer, and the answers."""
+    _heading(console, f"attention: {outcomes[0].description}")
     console.print(_table(prompt_tokens, outcomes))
     for outcome in outcomes:
         if outcome.name != "dense":
+            _heading(
+                console, f"{outcome.name}: % of causal pairs visited, by layer (mean of heads)"
+            )
             console.print(_density_table(outcome))
     answers = [_answer(outcome) for outcome in outcomes if outcome.generation is not None]
     console.print(Group(*answers))
 
 
+def _heading(console: Console, text: str) -> None:
+    console.print(text, style="bold", highlight=False, soft_wrap=True)
+
+
 def _table(prompt_tokens: int, outcomes: list[Outcome]) -> Table:
-    title = f"attention: {outcomes[0].description}"
-    table = Table(title=title, title_justify="left", title_style="bold")
+    table = Table()
     table.add_column("")
     for outcome in outcomes:
         table.add_column(outcome.name, justify="right")
@@ -102,8 +109,7 @@ def _per_token(generation: Generation) -> str:
 
 def _density_table(outcome: Outcome) -> Table:
     density = outcome.prefill.density
-    title = f"{outcome.name}: % of causal pairs visited, by layer (mean of the heads)"
-    table = Table(title=title, title_justify="left", title_style="bold", show_header=True)
+    table = Table()
     table.add_column("layer")
     columns = min(_LAYERS_PER_ROW, len(density))
     for number in range(columns):

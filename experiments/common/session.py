@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import time
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -70,7 +71,7 @@ class Generation:
 def load(options: ModelOptions, console: Console) -> Model:
     """Loads a model with a progress bar; raises UserError if its source cannot be used."""
     with (
-        stage(console, f"loading {options.model}"),
+        stage(console, f"loading {Path(options.model).name}"),
         tqdm(unit="tensor", leave=False, disable=None) as bar,
         reported_as_user_error(LoadError, OSError, prefix=f"cannot load {options.model}: "),
     ):

