@@ -45,8 +45,8 @@ def check_context(length: int, config: DecoderConfig) -> None:
         raise ValueError(
             f"{length} tokens do not fit the model's context of {config.max_position}; shorten the "
             "prompt, take a model made for longer ones, or extend this one: "
-            "`dataclasses.replace(config, max_position=…)`, with a `rope.scaling` (YarnScaling, "
-            "DynamicNTKScaling) to keep it accurate"
+            '`load_model(…, rope_scaling={"rope_type": "yarn", "factor": 4.0})` with the scaling '
+            "that its authors recommend"
         )
 
 
