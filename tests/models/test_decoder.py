@@ -236,7 +236,7 @@ TOKENS = random_tokens(2, 6)
         pytest.param({"capacity": 5}, r"\(5\).*\(6 tokens\)", id="small-capacity"),
         pytest.param({"chunk_size": 0}, "at least 1, got 0", id="chunk-size-0"),
         pytest.param(
-            {"tokens": random_tokens(1, 257)}, r"257 tokens.*256.*max_position", id="beyond-context"
+            {"tokens": random_tokens(1, 257)}, r"257 tokens.*256.*rope_scaling", id="beyond-context"
         ),
         pytest.param(
             {"attention_fn": ScaledQueries(jnp.ones(5))}, "3 layers", id="wrong-layer-count"
