@@ -1,6 +1,7 @@
 """What the commands that run one prompt share: their options, and the way from prompt to report."""
 
 import dataclasses
+import hashlib
 import sys
 
 from rich.console import Console
@@ -16,6 +17,8 @@ from experiments.common.options import (
 from experiments.common.record import append_record
 from experiments.common.report import Outcome, show
 from experiments.common.session import encode, load
+
+_RECORDED_CHARACTERS = 200
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,11 +80,19 @@ def run_prompt(
             config.output.record,
             kind=kind,
             argv=sys.argv,
-            config=config,
+            config=dataclasses.replace(config, prompt=_shortened(config.prompt)),
             result={
                 "prompt_tokens": length,
+                "prompt_sha256": hashlib.sha256(text.encode()).hexdigest(),
                 "outcomes": [outcome.figures() for outcome in outcomes],
             },
         )
         console.print(f"record: {config.output.record}")
     return outcomes
+
+
+def _shortened(prompt: PromptOptions) -> PromptOptions:
+    """Returns the options with the beginning of a long prompt: a record names it by its hash."""
+    if prompt.prompt is None or len(prompt.prompt) <= _RECORDED_CHARACTERS:
+        return prompt
+    return dataclasses.replace(prompt, prompt=prompt.prompt[:_RECORDED_CHARACTERS] + " …")

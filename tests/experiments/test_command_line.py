@@ -1,5 +1,6 @@
 """Both commands on a tiny model, through `main(argv)`."""
 
+import hashlib
 import json
 
 import numpy as np
@@ -90,6 +91,13 @@ def test_record_holds_what_was_asked_and_where(tiny_model, tmp_path):
     assert first["config"]["attention"]["attention"] == "dense"
     assert {"jax", "device", "cpus", "git", "argv", "date"} <= set(first["environment"])
     assert first["result"]["outcomes"][0]["generation"]["tokens"]
+
+
+def test_record_names_a_long_prompt_by_its_hash(tiny_model, tmp_path):
+    result = run_recorded(tmp_path, "prefill", "--model", tiny_model, "--prompt", PROMPT * 2)
+    [record] = read_records(tmp_path / "record.jsonl")
+    assert len(record["config"]["prompt"]["prompt"]) < 210
+    assert result["prompt_sha256"] == hashlib.sha256((PROMPT * 2).encode()).hexdigest()
 
 
 def test_sampling_depends_on_the_seed_alone(tiny_model, tmp_path):
