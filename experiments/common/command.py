@@ -63,6 +63,7 @@ def run_prompt(
         sampling=sampling,
         chunk_size=config.model.chunk_size,
         repeats=config.output.repeats,
+        keep_index=config.output.plot is not None,
     )
     outcomes = run_outcomes(
         task,

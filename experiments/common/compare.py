@@ -28,6 +28,7 @@ class Task:
         sampling: how to generate after the prompt, or None to only read it.
         chunk_size: tokens read at a time, all if None.
         repeats: timed runs of the prefill.
+        keep_index: also keep what the attention asked for visited, to draw it.
     """
 
     model: Model
@@ -35,6 +36,7 @@ class Task:
     sampling: SamplingOptions | None
     chunk_size: int | None
     repeats: int
+    keep_index: bool
 
 
 def attention_of(options: AttentionOptions, model: Model) -> Any:
@@ -64,6 +66,7 @@ def run_outcomes(
     asked = _outcome(task, attention, options.attention, options.describe(), console)
     if not compare or options.attention == "dense":
         return [asked]
+    task = dataclasses.replace(task, keep_index=False)
     dense = _outcome(task, mj.DenseAttention(), "dense", "dense", console)
     agreed = agreement(dense.prefill.logits, asked.prefill.logits)
     return [dataclasses.replace(asked, agreement=agreed), dense]
@@ -79,6 +82,7 @@ def _outcome(task: Task, attention: Any, name: str, description: str, console: C
         max_new_tokens=1 if task.sampling is None else task.sampling.max_new_tokens,
         chunk_size=task.chunk_size,
         repeats=task.repeats,
+        keep_index=task.keep_index,
     )
     generation = None
     if task.sampling is not None:

@@ -19,9 +19,7 @@ def one_line(error: BaseException | str) -> str:
 
 
 @contextlib.contextmanager
-def reported_as_user_error(
-    *kinds: type[Exception], prefix: str | Callable[[], str] = ""
-) -> Iterator[None]:
+def reported_as_user_error(*kinds: type[Exception]) -> Iterator[None]:
     """Turns errors of the given kinds, raised inside the block, into `UserError`.
 
     Only put around calls whose errors of these kinds speak about the user's input.
@@ -29,8 +27,7 @@ def reported_as_user_error(
     try:
         yield
     except kinds as error:
-        head = prefix() if callable(prefix) else prefix
-        raise UserError(head + one_line(error)) from error
+        raise UserError(one_line(error)) from error
 
 
 def run_reporting_errors(command: Callable[[], None]) -> int:

@@ -90,7 +90,7 @@ def _rows(prompt_tokens: int, outcomes: list[Outcome]) -> list[tuple[str, list[s
         ("  compilation before it", [f"{run.compile_seconds:.1f} s" for run in runs]),
         ("causal pairs visited", [f"{run.density.mean():.1%}" for run in runs]),
         ("peak memory so far", [f"{run.peak_memory / 2**30:.2f} GiB" for run in runs]),
-        ("next token", [repr(outcome.next_token) for outcome in outcomes]),
+        ("likeliest next token", [repr(outcome.next_token) for outcome in outcomes]),
         ("  same as dense", ["" if a is None else _yes(a.top1_equal) for a in compared]),
         ("  KL from dense", ["" if a is None else f"{a.kl:.2g} nats" for a in compared]),
         ("generated tokens", ["" if g is None else f"{len(g.tokens)}" for g in texts]),

@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from rich.console import Console
 from tqdm import tqdm
 
+import minference_jax as mj
 from experiments.common.errors import UserError, reported_as_user_error
 from experiments.common.measure import peak_memory, stage
 from experiments.common.options import ModelOptions, SamplingOptions
@@ -29,7 +30,7 @@ class PrefillRun:
         logits: of the next token.
         cache: keys and values, for decoding.
         density: share of the causal pairs that each head visited.
-        index: the index of every layer and chunk of the prompt, leaves [layers, chunks, ...].
+        index: of every layer and chunk, leaves [layers, chunks, ...]; None if not kept.
         chunk_size: tokens of a chunk.
         compile_seconds: time to trace and compile.
         seconds: time of each run, until the logits were there.
@@ -73,7 +74,7 @@ def load(options: ModelOptions, console: Console) -> Model:
     with (
         stage(console, f"loading {Path(options.model).name}"),
         tqdm(unit="tensor", leave=False, disable=None) as bar,
-        reported_as_user_error(LoadError, OSError, prefix=f"cannot load {options.model}: "),
+        reported_as_user_error(LoadError, OSError),
     ):
 
         def on_tensor(read: int, total: int) -> None:
@@ -108,13 +109,18 @@ def encode(model: Model, text: str, *, chat: bool, max_new_tokens: int) -> Int[n
     return np.asarray([tokens], np.int32)
 
 
-def observe_pairs(
-    attention: Any, q: Array, k: Array, v: Array, *, lengths: Any, q_offset: Any
-) -> tuple[Array, tuple[tuple[Array, Array], Any]]:
-    """Attention of one layer, with the pairs that it visited, the causal ones, and its index."""
-    out, index = attention.attend(q, k, v, lengths=lengths, q_offset=q_offset)
-    pairs = index.visited_pairs(q.shape[1], k.shape[1], lengths=lengths, q_offset=q_offset)
-    return out, (tuple(pairs), index)
+def observe_density(attention: Any, *qkv: Array, **where: Any) -> tuple[Array, Any]:
+    """Attention of one layer, with the pairs that it visited and None for its index."""
+    out, pairs = mj.observe_density(attention, *qkv, **where)
+    return out, (pairs, None)
+
+
+def observe_index(attention: Any, *qkv: Array, **where: Any) -> tuple[Array, Any]:
+    """Attention of one layer, with the pairs that it visited and its index."""
+    q, k, _ = qkv
+    out, index = attention.attend(*qkv, **where)
+    pairs = index.visited_pairs(q.shape[1], k.shape[1], **where)
+    return out, (mj.VisitedPairs(*pairs), index)
 
 
 def run_prefill(
@@ -127,6 +133,7 @@ def run_prefill(
     max_new_tokens: int = 1,
     chunk_size: int | None = None,
     repeats: int = 1,
+    keep_index: bool = False,
 ) -> PrefillRun:
     """Reads a prompt: compiles once, then runs `repeats` times.
 
@@ -139,6 +146,7 @@ def run_prefill(
         max_new_tokens: room left in the cache.
         chunk_size: tokens read at a time, all if None.
         repeats: timed runs.
+        keep_index: also keep what was visited; block-sparse lists of long prompts are large.
     """
     total = tokens.shape[1] + max_new_tokens
 
@@ -151,7 +159,7 @@ def run_prefill(
             capacity=total,
             rope_length=jnp.full((1,), total, jnp.int32),
             chunk_size=chunk_size or length,  # so that observations always have a chunk axis
-            observe=observe_pairs,
+            observe=observe_index if keep_index else observe_density,
         )
 
     length = tokens.shape[1]
