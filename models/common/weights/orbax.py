@@ -81,6 +81,8 @@ def load_checkpoint(
     target = unflatten_paths({path: placed(path, leaf, mesh) for path, leaf in leaves.items()})
     try:
         with ocp.StandardCheckpointer() as checkpointer:
+            # Before the restore: one that fails half-way leaves reads of other arrays running.
+            _check_shapes(checkpointer.metadata(directory / _PARAMS), leaves)
             params = checkpointer.restore(directory / _PARAMS, target)
     except (ValueError, KeyError, FileNotFoundError, OSError) as error:
         raise LoadError(
@@ -88,6 +90,21 @@ def load_checkpoint(
             f"describes ({error}); save the checkpoint again"
         ) from error
     return config, params, words
+
+
+def _check_shapes(metadata: Any, expected: dict[str, Any]) -> None:
+    """Raises ValueError that lists every parameter that is missing, unknown or of another shape."""
+    if metadata.item_metadata is None:
+        raise ValueError("no saved arrays there")
+    saved = {path: leaf.shape for path, leaf in flatten_paths(metadata.item_metadata.tree).items()}
+    wanted = {path: leaf.shape for path, leaf in expected.items()}
+    wrong = [
+        f"{path}: expected {wanted.get(path, 'nothing')}, saved {saved.get(path, 'nothing')}"
+        for path in sorted(saved | wanted)
+        if saved.get(path) != wanted.get(path)
+    ]
+    if wrong:
+        raise ValueError("; ".join(wrong))
 
 
 def _to_json(config: DecoderConfig) -> dict[str, Any]:
