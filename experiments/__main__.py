@@ -8,11 +8,13 @@ import tyro
 
 from experiments.common.errors import parse_reporting_errors, run_reporting_errors
 from experiments.generate import Generate
+from experiments.latency.command import Latency
 from experiments.prefill import Prefill
 
 Command = tyro.conf.OmitArgPrefixes[
     Annotated[Generate, tyro.conf.subcommand("generate", prefix_name=False)]
     | Annotated[Prefill, tyro.conf.subcommand("prefill", prefix_name=False)]
+    | Annotated[Latency, tyro.conf.subcommand("latency", prefix_name=False)]
 ]
 DESCRIPTION = "MInference in JAX: long prompts read with sparse attention."
 

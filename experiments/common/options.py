@@ -164,11 +164,14 @@ class AttentionOptions:
     def check_readable(self) -> None:
         """Raises UserError if the pattern file is not one; before a model is loaded for it."""
         if self.patterns is not None:
-            self._load(self.patterns)
+            self.load_patterns()
 
-    def _load(self, path: Path) -> mj.HeadPatterns:
+    def load_patterns(self) -> mj.HeadPatterns:
+        """Returns the patterns of the file named; raises UserError if it is not one."""
+        if self.patterns is None:
+            raise UserError("no pattern file was named; give one with --patterns")
         with reported_as_user_error(OSError, ValueError):
-            return mj.HeadPatterns.load(path)
+            return mj.HeadPatterns.load(self.patterns)
 
     def head_patterns(self, *, num_layers: int, num_heads: int) -> mj.HeadPatterns:
         """Returns the pattern of each head of a model of this size.
@@ -179,7 +182,7 @@ class AttentionOptions:
         if self.patterns is None:
             pattern = self.uniform_pattern()
             return mj.HeadPatterns.uniform(pattern, num_layers=num_layers, num_heads=num_heads)
-        patterns = self._load(self.patterns)
+        patterns = self.load_patterns()
         if (patterns.num_layers, patterns.num_heads) != (num_layers, num_heads):
             raise UserError(
                 f"{self.patterns} describes {patterns.num_layers} layers of {patterns.num_heads} "

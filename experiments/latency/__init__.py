@@ -1,0 +1,1 @@
+"""`minference latency`: time of one attention layer, split into its parts, beside its peers."""
