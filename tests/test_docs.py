@@ -36,8 +36,9 @@ def test_contributing_names_files_that_exist():
 
 
 def test_options_in_the_readme_exist(capsys):
-    with pytest.raises(SystemExit):
-        main(["generate", "--help"])
+    for command in ("generate", "prefill", "latency"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
     known = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
     named = set(re.findall(r"--[a-z][\w-]+", README))
     assert {"--attention", "--compare"} <= named
