@@ -168,17 +168,29 @@ def covered_columns(
     block_kv: int,
 ) -> Bool[Array, " num_columns"]:
     """Which columns lie inside a tile of one head's query tile, by binary search."""
+    after = tiles_after(entries, begin, count, origin, columns)
+    start = origin + entries[jnp.minimum(begin + after, entries.shape[0] - 1)]
+    return (after < count) & (columns < start + block_kv)
+
+
+def tiles_after(
+    entries: Int[Array, " capacity"],
+    begin: Int[Array, " *#shape"],
+    count: Int[Array, " *#shape"],
+    origin: Int[Array, " *#shape"],
+    key: Int[Array, " *#shape"],
+) -> Int[Array, " *#shape"]:
+    """How many tiles of a query tile start after a key, by binary search (starts descend)."""
     capacity = entries.shape[0]
-    low = jnp.zeros(columns.shape, jnp.int32)
-    high = jnp.broadcast_to(count, columns.shape).astype(jnp.int32)
-    # low converges to the number of tiles that start after the column (starts descend).
+    shape = jnp.broadcast_shapes(jnp.shape(begin), jnp.shape(key))
+    low = jnp.zeros(shape, jnp.int32)
+    high = jnp.broadcast_to(count, shape).astype(jnp.int32)
     for _ in range(capacity.bit_length()):
         middle = (low + high) // 2
-        after = origin + entries[jnp.minimum(begin + middle, capacity - 1)] > columns
+        after = origin + entries[jnp.minimum(begin + middle, capacity - 1)] > key
         low = jnp.where((low < high) & after, middle + 1, low)
         high = jnp.where(after, high, middle)
-    start = origin + entries[jnp.minimum(begin + low, capacity - 1)]
-    return (low < count) & (columns < start + block_kv)
+    return low
 
 
 def validate(index: BlockSparseIndex) -> None:
