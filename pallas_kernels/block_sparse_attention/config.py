@@ -1,16 +1,15 @@
-"""Shapes and schedule of the Hopper kernel."""
+"""Tile sizes and pipeline depth of the Hopper kernel."""
 
 import dataclasses
 
 from pallas_kernels.common.tiling import round_up
 
-# Shared memory of one block on compute capability 9.0, and what barriers and alignment may take.
-_SHARED_MEMORY = 232_448
-_RESERVED = 2_048
-
-# Query rows of one warpgroup (wgmma's M), and warpgroups that compute.
+# Query rows of one warpgroup (the M of wgmma), and warpgroups that compute.
 ROWS = 64
 COMPUTE_WARPGROUPS = 2
+
+# Shared memory of one block on compute capability 9.0, less what barriers and alignment take.
+_SHARED_MEMORY = 232_448 - 2_048
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,17 +18,12 @@ class Config:
 
     Attributes:
         stages: key/value tiles in flight.
-        overlap: run the softmax of one tile beside the value product of the one before, within
-            each warpgroup; otherwise the two warpgroups only alternate.
-        alternate: let the two warpgroups take turns at the tensor cores.
-        group_inner: neighbouring blocks serve the query heads of one key/value head (which share
-            its keys in the cache); otherwise neighbouring query tiles of one head.
+        queries_in_registers: feed the queries of the score product from registers. Narrow key
+            tiles need it: there the two operands together exceed what shared memory delivers.
     """
 
     stages: int
-    overlap: bool = True
-    alternate: bool = True
-    group_inner: bool = True
+    queries_in_registers: bool = False
 
     def __post_init__(self):
         if self.stages < 2:
@@ -44,8 +38,8 @@ def shared_memory(head_dim: int, block_kv: int, stages: int) -> int:
 
 
 def default_config(head_dim: int, block_kv: int) -> Config | None:
-    """The measured best for these shapes, None where not even two stages fit."""
-    stages = 4
-    while stages >= 2 and shared_memory(head_dim, block_kv, stages) > _SHARED_MEMORY - _RESERVED:
-        stages -= 1
-    return Config(stages=stages) if stages >= 2 else None
+    """The measured best for these shapes (README.md), None where two stages do not fit."""
+    for stages in (4, 3, 2):
+        if shared_memory(head_dim, block_kv, stages) <= _SHARED_MEMORY:
+            return Config(stages=stages, queries_in_registers=block_kv <= 64 and head_dim <= 128)
+    return None

@@ -1,6 +1,12 @@
-"""The op on Hopper: one warp-specialised Pallas (Mosaic GPU) kernel for all heads of a layer."""
+"""The op on Hopper: one warp-specialised Pallas (Mosaic GPU) kernel for all heads of a layer.
 
+One warpgroup copies key and value tiles into a ring of shared-memory stages; two more compute 64
+query rows each. README.md explains the structure and what was measured.
+"""
+
+import dataclasses
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,323 +15,441 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.block_sparse_attention import plan as planning
-from pallas_kernels.block_sparse_attention.config import COMPUTE_WARPGROUPS, ROWS, Config, default_config
+from pallas_kernels.block_sparse_attention.config import (
+    COMPUTE_WARPGROUPS,
+    ROWS,
+    Config,
+    default_config,
+)
 from pallas_kernels.block_sparse_attention.index import BlockSparseIndex
-from pallas_kernels.block_sparse_attention.plan import Plan
+from pallas_kernels.block_sparse_attention.plan import FIELDS, Plan, gather_columns, make_plan
 from pallas_kernels.common.online_softmax import LOG2E
-from pallas_kernels.common.tiling import round_up
 
 _WGMMA = plgpu.Layout.WGMMA
-_ROW = plgpu.Layout.WGMMA.reduce(1)
-_COLUMN = plgpu.Layout.WGMMA.reduce(0)
+_PER_ROW = plgpu.Layout.WGMMA.reduce(1)
+_PER_KEY = plgpu.Layout.WGMMA.reduce(0)
+
+_BLOCK_Q = COMPUTE_WARPGROUPS * ROWS
+_HEAD_DIMS = (64, 96, 128, 256)
+_BLOCK_KVS = (64, 128, 192)
 
 
-def block_sparse_attention(q, k, v, index: BlockSparseIndex, *, lengths, q_offset, config: Config | None = None):
-    batch, q_len, heads, head_dim = q.shape
-    kv_len = k.shape[1]
-    if config is None:
-        config = default_config(head_dim, index.block_kv)
-    pad = lambda x: jnp.pad(x, ((0, 0), (0, -x.shape[1] % 8), (0, 0), (0, 0))) if x.shape[1] % 8 else x
-    q, k, v = map(pad, (q, k, v))
-    plan = planning.make_plan(index, kv_len=kv_len, lengths=lengths, q_offset=q_offset)
-    columns = planning.gather_columns(k, v, index) if plan.num_columns else None
-    out, lse = _launch(q, k, v, index.entries, plan, columns, config, index.block_kv)
+def unsupported(q: Array, k: Array, index: BlockSparseIndex) -> str | None:
+    """Why this kernel cannot serve these arrays, None if it can."""
+    head_dim = q.shape[3]
+    if q.dtype not in (jnp.bfloat16, jnp.float16) or k.dtype != q.dtype:
+        return f"needs bfloat16 or float16 q, k and v of one type, got {q.dtype} and {k.dtype}"
+    if head_dim not in _HEAD_DIMS:
+        return f"needs head_dim in {_HEAD_DIMS}, got {head_dim}"
+    if index.block_q != _BLOCK_Q:
+        return f"needs block_q {_BLOCK_Q}, got {index.block_q}"
+    if index.block_kv not in _BLOCK_KVS:
+        return f"needs block_kv in {_BLOCK_KVS}, got {index.block_kv}"
+    if default_config(head_dim, index.block_kv) is None:
+        return f"block_kv {index.block_kv} does not fit shared memory at head_dim {head_dim}"
+    return None
+
+
+def block_sparse_attention(
+    q: Float[Array, "batch q_len heads head_dim"],
+    k: Float[Array, "batch kv_len kv_heads head_dim"],
+    v: Float[Array, "batch kv_len kv_heads head_dim"],
+    index: BlockSparseIndex,
+    *,
+    lengths: Int[Array, " batch"],
+    q_offset: Int[Array, ""],
+    config: Config | None = None,
+    interpret: Any = None,
+) -> tuple[Float[Array, "batch q_len heads head_dim"], Float[Array, "batch heads q_len"]]:
+    """Output in q's dtype and natural-log log-sum-exp; see `unsupported` for what it serves."""
+    q_len = q.shape[1]
+    config = config or default_config(q.shape[3], index.block_kv)
+    # The bulk copies see rows in groups of 8; they fill rows past the end with zeros.
+    q, k, v = (_pad_rows(x) for x in (q, k, v))
+    plan = make_plan(index, lengths=lengths, q_offset=q_offset)
+    columns = gather_columns(k, v, index) if plan.column_ids.shape[2] else None
+    out, lse = _launch(q, k, v, index, plan, columns, config, interpret)
     return out[:, :q_len], lse[:, :, :q_len]
 
 
-def _launch(q, k, v, entries, plan: Plan, columns, config: Config, block_kv: int, interpret=None):
-    batch, q_len, heads, head_dim = q.shape
+def _pad_rows(x):
+    missing = -x.shape[1] % 8
+    return jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))) if missing else x
+
+
+class _Scratch(NamedTuple):
+    """Shared memory of one block: q doubles as the output's staging buffer."""
+
+    q: Any
+    k: Any
+    v: Any
+    lse: Any
+    q_full: Any
+    k_full: Any
+    v_full: Any
+    k_free: Any
+    v_free: Any
+
+
+def _launch(q, k, v, index, plan: Plan, columns, config: Config, interpret):
+    batch, _, heads, head_dim = q.shape
     kv_heads = k.shape[2]
-    group = heads // kv_heads
-    tiles = plan.lists.shape[2]
-    dtype = q.dtype
-    body = functools.partial(
-        _kernel, config=config, group=group, kv_heads=kv_heads, tiles=tiles, block_kv=block_kv,
-        has_columns=columns is not None, kv_len=k.shape[1], scale=head_dim**-0.5 * LOG2E,
-    )
+    tiles = index.begin.shape[2]
     swizzle = plgpu.find_swizzle(head_dim * 16)
     transforms = (plgpu.TilingTransform((8, swizzle // 2)), plgpu.SwizzleTransform(swizzle))
-    tile = lambda *shape: plgpu.SMEM(shape, dtype, transforms=transforms)
-    stages = config.stages
-    scratch = dict(
-        q_smem=tile(COMPUTE_WARPGROUPS, ROWS, head_dim),
-        k_smem=tile(stages, block_kv, head_dim),
-        v_smem=tile(stages, block_kv, head_dim),
-        lse_smem=plgpu.SMEM((COMPUTE_WARPGROUPS, ROWS), jnp.float32),
+    tile = lambda *shape: plgpu.SMEM(shape, q.dtype, transforms=transforms)
+    free = plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=config.stages)
+    full = plgpu.Barrier(num_barriers=config.stages)
+    scratch = _Scratch(
+        q=tile(COMPUTE_WARPGROUPS, ROWS, head_dim),
+        k=tile(config.stages, index.block_kv, head_dim),
+        v=tile(config.stages, index.block_kv, head_dim),
+        lse=plgpu.SMEM((COMPUTE_WARPGROUPS, ROWS), jnp.float32),
         q_full=plgpu.Barrier(num_barriers=COMPUTE_WARPGROUPS),
-        k_full=plgpu.Barrier(num_barriers=stages),
-        v_full=plgpu.Barrier(num_barriers=stages),
-        k_free=plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=stages),
-        v_free=plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=stages),
-        turn=plgpu.Barrier(num_barriers=COMPUTE_WARPGROUPS),
+        k_full=full,
+        v_full=full,
+        k_free=free,
+        v_free=free,
     )
-    grid = (q.shape[0] * kv_heads, tiles, group) if config.group_inner else (q.shape[0] * kv_heads, group, tiles)
-    names = ("kv", "tile", "member") if config.group_inner else ("kv", "member", "tile")
-    kernel = plgpu.kernel(
+    body = functools.partial(
+        _kernel, config=config, kv_heads=kv_heads, group=heads // kv_heads, split=index.split
+    )
+    arrays = [q, k, v, index.entries, plan.lists]
+    if columns is not None:
+        arrays += [*columns, plan.column_ids, plan.column_bits]
+    return plgpu.kernel(
         body,
         out_type=[
-            jax.ShapeDtypeStruct(q.shape, dtype),
-            jax.ShapeDtypeStruct((batch, heads, tiles * COMPUTE_WARPGROUPS * ROWS), jnp.float32),
+            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            jax.ShapeDtypeStruct((batch, heads, tiles * _BLOCK_Q), jnp.float32),
         ],
-        grid=grid,
-        grid_names=names,
+        # Neighbouring blocks serve the query heads of one key/value head: they share its cache.
+        grid=(batch * kv_heads, tiles, heads // kv_heads),
+        grid_names=("kv", "tile", "member"),
         num_threads=COMPUTE_WARPGROUPS + 1,
-        thread_name="wg",
-        scratch_types=scratch,
+        thread_name="warpgroup",
+        scratch_types={"scratch": scratch},
         compiler_params=plgpu.CompilerParams(
             approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
         ),
         kernel_name="block_sparse_attention",
         **({} if interpret is None else {"interpret": interpret}),
-    )
-    if columns is None:
-        return kernel(q, k, v, entries, plan.lists)
-    return kernel(q, k, v, entries, plan.lists, *columns, plan.column_ids, plan.column_bits)
+    )(*arrays)
 
 
 def _kernel(
-    q_ref, k_ref, v_ref, entries_ref, lists_ref, *rest,
-    config, group, kv_heads, tiles, block_kv, has_columns, kv_len, scale,
-    q_smem, k_smem, v_smem, lse_smem, q_full, k_full, v_full, k_free, v_free, turn,
+    q_ref, k_ref, v_ref, entries_ref, lists_ref, *rest, scratch, config, kv_heads, group, split
 ):
-    if has_columns:
-        kc_ref, vc_ref, ids_ref, bits_ref, out_ref, lse_ref = rest
-    else:
-        out_ref, lse_ref = rest
-        kc_ref = vc_ref = ids_ref = bits_ref = None
-    head_dim = q_ref.shape[-1]
-    stages = config.stages
+    *column_refs, out_ref, lse_ref = rest
     kv = lax.axis_index("kv")
-    batch, kv_head = lax.div(kv, kv_heads), lax.rem(kv, kv_heads)
-    head = kv_head * group + lax.axis_index("member")
-    tile = tiles - 1 - lax.axis_index("tile")
-    wg = lax.axis_index("wg")
+    kv_head = lax.rem(kv, kv_heads)
+    batch, head = lax.div(kv, kv_heads), kv_head * group + lax.axis_index("member")
+    # Later tiles see more keys: longest first.
+    tile = lists_ref.shape[2] - 1 - lax.axis_index("tile")
+    fields = [lists_ref[batch, head, tile, i] for i in range(FIELDS)]
+    work = _Work(
+        batch, head, tile, *fields, entries=entries_ref, block_kv=scratch.k.shape[1], split=split,
+        kv_len=k_ref.shape[1], column_ids=column_refs[2] if column_refs else None,
+        column_bits=column_refs[3] if column_refs else None,
+    )  # fmt: skip
+    warpgroup = lax.axis_index("warpgroup")
 
-    begin, count, origin, front, tail, first_row, length, columns_full, columns_all = (
-        lists_ref[batch, head, tile, field] for field in range(planning.FIELDS)
-    )
-    masked = front + tail
-    listed = jnp.maximum(count, 1)
-    total = listed + columns_all if has_columns else listed
-    slot = lambda n: lax.rem(n, stages)
-
-    def start_of(n):
-        """Where the n-th visited tile starts: the masked ones first, then the full ones."""
-        at = jnp.where(n < front, n, jnp.where(n < masked, count - 1, n - tail))
-        start = origin + entries_ref[batch, head, begin + at]
-        return jnp.where(count > 0, start, kv_len)
-
-    @pl.when(wg == COMPUTE_WARPGROUPS)
-    def produce():
+    @pl.when(warpgroup == COMPUTE_WARPGROUPS)
+    def _():
         plgpu.set_max_registers(24, action="decrease")
+        _produce(work, scratch, config, kv_head, k_ref, v_ref, column_refs[:2])
 
-        def load(n, keys, values):
-            s = slot(n)
-
-            @pl.when(n >= stages)
-            def _():
-                plgpu.barrier_wait(k_free.at[s])
-
-            plgpu.copy_gmem_to_smem(keys, k_smem.at[s], k_full.at[s])
-
-            @pl.when(n >= stages)
-            def _():
-                plgpu.barrier_wait(v_free.at[s])
-
-            plgpu.copy_gmem_to_smem(values, v_smem.at[s], v_full.at[s])
-
-        @pl.loop(0, listed)
-        def _(n):
-            rows = pl.ds(pl.multiple_of(jnp.maximum(start_of(n), 0), 8), block_kv)
-            load(n, k_ref.at[batch, rows, kv_head], v_ref.at[batch, rows, kv_head])
-
-        if has_columns:
-
-            @pl.loop(0, columns_all)
-            def _(c):
-                rows = pl.ds(pl.multiple_of(c * block_kv, block_kv), block_kv)
-                load(listed + c, kc_ref.at[batch, head, rows], vc_ref.at[batch, head, rows])
-
-        # Every completion is awaited before the block ends.
-        @pl.loop(jnp.maximum(total, stages), total + stages)
-        def _(n):
-            plgpu.barrier_wait(k_free.at[slot(n)])
-            plgpu.barrier_wait(v_free.at[slot(n)])
-
-    @pl.when(wg < COMPUTE_WARPGROUPS)
-    def compute():
+    @pl.when(warpgroup < COMPUTE_WARPGROUPS)
+    def _():
         plgpu.set_max_registers(240, action="increase")
-        q_tile = q_smem.at[wg]
-        row = first_row + wg * ROWS
-        q_rows = pl.ds(pl.multiple_of(tile * (COMPUTE_WARPGROUPS * ROWS) + wg * ROWS, ROWS), ROWS)
-        plgpu.copy_gmem_to_smem(q_ref.at[batch, q_rows, head], q_tile, q_full.at[wg])
+        _compute(work, scratch, config, warpgroup, q_ref, out_ref, lse_ref)
 
-        shape = (ROWS, block_kv)
-        iota = lambda axis: plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=_WGMMA)
-        over_keys = lambda x, like: lax.broadcast_in_dim(x, like, [0])
-        my_turn = lambda: plgpu.barrier_wait(turn.at[wg]) if config.alternate else None
-        pass_turn = lambda: plgpu.barrier_arrive(turn.at[1 - wg]) if config.alternate else None
 
-        # What a row may see of the n-th item; None: all of it.
-        def see_tile(n):
-            start = start_of(n)
-            first = jnp.maximum(start, 0)
-            keys = jnp.minimum(start + block_kv, length) - first
-            return (iota(1) < keys) & (iota(1) - iota(0) <= row - first)
+@dataclasses.dataclass(frozen=True)
+class _Work:
+    """One query tile's items in the order of their visit: masked tiles, full tiles, columns."""
 
-        def bit_set(n):
-            base = (n - listed) * (block_kv // 32)
-            words = [bits_ref[batch, head, tile, base + i] for i in range(block_kv // 32)]
-            word = jnp.full(shape, words[0])
-            for i in range(1, len(words)):
-                word = jnp.where(iota(1) < 32 * i, word, words[i])
-            word = plgpu.layout_cast(word, _WGMMA)
-            return lax.shift_right_logical(word, iota(1) & 31) & 1 == 1
+    batch: Any
+    head: Any
+    tile: Any
+    begin: Any
+    count: Any
+    origin: Any
+    front: Any
+    tail: Any
+    first_row: Any
+    length: Any
+    columns_full: Any
+    columns_all: Any
+    entries: Any
+    block_kv: int
+    split: bool
+    kv_len: int
+    column_ids: Any
+    column_bits: Any
 
-        def see_edge_columns(n):
-            at = pl.ds(pl.multiple_of((n - listed) * block_kv, block_kv), block_kv)
-            ids = plgpu.load(ids_ref.at[batch, head, at], layout=_COLUMN, optimized=False)
-            return bit_set(n) & (lax.broadcast_in_dim(ids, shape, [1]) - iota(0) <= row)
+    @property
+    def masked(self):
+        """Items that need a mask: tiles at the diagonal or the end, and one that begins before 0."""
+        return self.front + self.tail
 
-        def softmax(s, m, visible):
-            if visible is None:
-                m_new = jnp.maximum(m, s.max(axis=1) * scale)
-                m_safe = m_new
-            else:
-                s = jnp.where(visible, s, -jnp.inf)
-                m_new = jnp.maximum(m, s.max(axis=1) * scale)
-                m_safe = jnp.where(m_new == -jnp.inf, 0.0, m_new)
-            alpha = jnp.exp2(m - m_safe)
-            p = jnp.exp2(s * scale - over_keys(m_safe, shape))
-            return m_new, alpha, p
+    @property
+    def listed(self):
+        """Key tiles; an empty list visits one tile after every key, so there always is one."""
+        return jnp.maximum(self.count, 1)
 
-        def scores(n):
-            """Scores of the n-th item on their own: the first item, and without overlap."""
-            s = slot(n)
+    @property
+    def total(self):
+        return self.listed if self.column_ids is None else self.listed + self.columns_all
 
-            def product(acc):
-                plgpu.wgmma(acc, q_tile, k_smem.at[s].T)
-                pass_turn()
-                return acc[...]
+    def entry(self, n):
+        last = self.count - 1
+        at = jnp.where(n < self.front, n, jnp.where(n < self.masked, last, n - self.tail))
+        return self.entries[self.batch, self.head, self.begin + jnp.clip(at, 0, self.listed - 1)]
 
-            plgpu.barrier_wait(k_full.at[s])
-            my_turn()
-            out = pl.run_scoped(product, plgpu.ACC(shape, jnp.float32))
-            plgpu.barrier_arrive(k_free.at[s])
-            return out
+    def start(self, n):
+        """First key of the n-th item."""
+        entry = self.entry(n)
+        start = self.origin + (entry & -8 if self.split else entry)
+        return jnp.where(self.count > 0, start, self.kv_len)
 
-        def wait_keys(n):
-            @pl.when(n < total)
-            def _():
-                plgpu.barrier_wait(k_full.at[slot(n)])
+    def skips(self, n, warpgroup):
+        """Whether the rows of a warpgroup do not visit the n-th item."""
+        return lax.shift_right_logical(self.entry(n), warpgroup) & 1 == 1
 
-        def overlapped(n, carry, visible_of):
-            acc, m, l, p = carry
-            s, before = slot(n), slot(n - 1)
+    def iota(self, axis):
+        return plgpu.broadcasted_iota(jnp.int32, (ROWS, self.block_kv), axis, layout=_WGMMA)
 
-            def products(refs):
-                acc_ref, m_ref, l_ref, alpha_ref, p_ref = refs
+    def sees_tile(self, n, warpgroup):
+        """Mask of a key tile; a start below 0 was moved to 0."""
+        start = self.start(n)
+        first = jnp.maximum(start, 0)
+        keys = jnp.minimum(start + self.block_kv, self.length) - first
+        if self.split:
+            keys = jnp.where(self.skips(n, warpgroup), 0, keys)
+        row = self.first_row + warpgroup * ROWS
+        return (self.iota(1) < keys) & (self.iota(1) - self.iota(0) <= row - first)
 
-                def inner(scores_ref):
-                    my_turn()
-                    plgpu.wgmma(scores_ref, q_tile, k_smem.at[s].T)
-                    plgpu.barrier_wait(v_full.at[before])
-                    plgpu.wgmma(acc_ref, p, v_smem.at[before])
-                    pass_turn()
-                    scores = plgpu.wgmma_accumulator_load(scores_ref, wait_n=1)
-                    plgpu.barrier_arrive(k_free.at[s])
-                    visible = visible_of(n) if visible_of else None
-                    m_new, alpha, p_new = softmax(scores, m_ref[...], visible)
-                    l_new = l_ref[...] * alpha + p_new.sum(axis=1)
-                    # Without this the compiler sinks the softmax below the wait for the values.
-                    m_ref[...], l_ref[...], alpha_ref[...], p_ref[...] = lax.optimization_barrier(
-                        (m_new, l_new, alpha, p_new)
-                    )
-                    wait_keys(n + 1)
+    def sees_columns(self, n, warpgroup):
+        """Mask of a tile of columns before every row: one bit each."""
+        words = self.block_kv // 32
+        base = (n - self.listed) * words
+        if self.split:
+            base += warpgroup * (self.column_ids.shape[2] // 32)
+        bits = [self.column_bits[self.batch, self.head, self.tile, base + i] for i in range(words)]
+        word = jnp.full((ROWS, self.block_kv), bits[0])
+        for i in range(1, words):
+            word = jnp.where(self.iota(1) < 32 * i, word, bits[i])
+        word = plgpu.layout_cast(word, _WGMMA)
+        return lax.shift_right_logical(word, self.iota(1) & 31) & 1 == 1
 
-                pl.run_scoped(inner, plgpu.ACC(shape, jnp.float32))
+    def sees_late_columns(self, n, warpgroup):
+        """Mask of a tile of columns some of which lie after some rows."""
+        at = pl.ds(pl.multiple_of((n - self.listed) * self.block_kv, self.block_kv), self.block_kv)
+        ids = self.column_ids.at[self.batch, self.head, at]
+        ids = plgpu.load(ids, layout=_PER_KEY, optimized=False)
+        ids = lax.broadcast_in_dim(ids, (ROWS, self.block_kv), [1])
+        row = self.first_row + warpgroup * ROWS
+        return self.sees_columns(n, warpgroup) & (ids - self.iota(0) <= row)
 
-            zero = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), _WGMMA)
-            acc, m, l, alpha, p_new = pl.run_state(products)(
-                (plgpu.ACC.init(acc), m, l, jnp.zeros_like(m), zero)
+
+def _produce(work: _Work, scratch: _Scratch, config: Config, kv_head, k_ref, v_ref, column_refs):
+    """Copies keys and values of every item into the ring of stages, in order."""
+    stages, block_kv = config.stages, work.block_kv
+
+    def load(n, keys, values):
+        slot = lax.rem(n, stages)
+        for source, target, full, free in (
+            (keys, scratch.k, scratch.k_full, scratch.k_free),
+            (values, scratch.v, scratch.v_full, scratch.v_free),
+        ):
+            pl.when(n >= stages)(functools.partial(plgpu.barrier_wait, free.at[slot]))
+            plgpu.copy_gmem_to_smem(source, target.at[slot], full.at[slot])
+
+    @pl.loop(0, work.listed)
+    def _(n):
+        rows = pl.ds(pl.multiple_of(jnp.maximum(work.start(n), 0), 8), block_kv)
+        load(n, *(ref.at[work.batch, rows, kv_head] for ref in (k_ref, v_ref)))
+
+    if column_refs:
+
+        @pl.loop(0, work.columns_all)
+        def _(n):
+            rows = pl.ds(pl.multiple_of(n * block_kv, block_kv), block_kv)
+            load(work.listed + n, *(ref.at[work.batch, work.head, rows] for ref in column_refs))
+
+    # A block may not end before every completion of its barriers was awaited.
+    @pl.loop(jnp.maximum(work.total, stages), work.total + stages)
+    def _(n):
+        plgpu.barrier_wait(scratch.k_free.at[lax.rem(n, stages)])
+        plgpu.barrier_wait(scratch.v_free.at[lax.rem(n, stages)])
+
+
+def _compute(
+    work: _Work, scratch: _Scratch, config: Config, warpgroup, q_ref, out_ref, lse_ref
+):  # fmt: skip
+    """Visits every item for 64 query rows and writes their output and log-sum-exp."""
+    rows = pl.ds(pl.multiple_of(work.tile * _BLOCK_Q + warpgroup * ROWS, ROWS), ROWS)
+    q_tile = scratch.q.at[warpgroup]
+    plgpu.copy_gmem_to_smem(
+        q_ref.at[work.batch, rows, work.head], q_tile, scratch.q_full.at[warpgroup]
+    )
+    plgpu.barrier_wait(scratch.q_full.at[warpgroup])
+    q = q_tile
+    if config.queries_in_registers:
+        q = plgpu.load(q_tile, layout=_WGMMA)
+    visit = _Visit(work, scratch, config, warpgroup, q, q_ref.dtype)
+    acc, m, l = visit.everything()
+
+    per_row = lambda x: lax.broadcast_in_dim(x, acc.shape, [0])
+    seen = l > 0.0
+    inverse = jnp.where(seen, 1.0 / l, 0.0)
+    lse = jnp.where(seen, m * (1.0 / LOG2E) + jnp.log(l), -jnp.inf)
+    # All warps have read their queries before the output overwrites them.
+    plgpu.commit_smem()
+    q_tile[...] = (acc * per_row(inverse)).astype(q_ref.dtype)
+    scratch.lse[warpgroup] = lse
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(q_tile, out_ref.at[work.batch, rows, work.head])
+    plgpu.copy_smem_to_gmem(scratch.lse.at[warpgroup], lse_ref.at[work.batch, work.head, rows])
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Visit:
+    """The online softmax of one warpgroup.
+
+    The state between items is (acc, m, l, p, at): p are the weights of item `at`, whose product
+    with its values is still to come. It runs beside the scores of the next item, so the tensor
+    cores work while the softmax does.
+    """
+
+    work: _Work
+    scratch: _Scratch
+    config: Config
+    warpgroup: Any
+    q: Any
+    dtype: Any
+
+    def slot(self, n):
+        return lax.rem(n, self.config.stages)
+
+    def everything(self):
+        work = self.work
+        state = self.first()
+        masked = work.sees_tile
+        state = self.loop(1, work.masked, state, masked, may_skip=work.split)
+        state = self.loop(work.masked, work.listed, state, None, may_skip=work.split)
+        if work.column_ids is not None:
+            early = work.listed + work.columns_full
+            state = self.loop(work.listed, early, state, work.sees_columns)
+            state = self.loop(early, work.total, state, work.sees_late_columns)
+        acc, m, l, p, at = state
+        plgpu.barrier_wait(self.scratch.v_full.at[self.slot(at)])
+        acc = pl.run_state(lambda ref: plgpu.wgmma(ref, p, self.scratch.v.at[self.slot(at)]))(
+            plgpu.ACC.init(acc)
+        )
+        plgpu.barrier_arrive(self.scratch.v_free.at[self.slot(at)])
+        return acc, m, l
+
+    def loop(self, low, high, state, sees, may_skip=False):
+        if not may_skip:
+            return lax.fori_loop(low, high, lambda n, state: self.item(n, state, sees), state)
+
+        def step(n, carry):
+            *state, skip = carry
+            skip_next = self.work.skips(n + 1, self.warpgroup)
+            # Weights may wait for at most `stages` items: their values hold a stage.
+            can_wait = n - state[-1] < self.config.stages - 1
+            visit = lambda state: self.item(n, state, sees)
+            if sees is None:
+                unseen = lambda state: self.item(n, state, self.work.sees_tile)
+                plain, visit = visit, lambda state: lax.cond(skip, unseen, plain, state)
+            state = lax.cond(
+                skip & can_wait, lambda state: self.skip(n, state), visit, tuple(state)
             )
-            plgpu.barrier_arrive(v_free.at[before])
-            acc *= over_keys(alpha, acc.shape)
-            return acc, m, l, p_new.astype(q_ref.dtype)
+            return (*state, skip_next)
 
-        def value_product(n, acc, p, then=lambda: None):
-            s = slot(n)
+        carry = (*state, self.work.skips(low, self.warpgroup))
+        return lax.fori_loop(low, high, step, carry)[:-1]
 
-            def product(acc_ref):
-                plgpu.wgmma(acc_ref, p, v_smem.at[s])
-                then()
+    def softmax(self, s, m, visible):
+        """New maximum, factor for what was summed so far, weights; all in log2 units."""
+        scale = self.q.shape[1] ** -0.5 * LOG2E
+        if visible is not None:
+            s = jnp.where(visible, s, -jnp.inf)
+        m_new = jnp.maximum(m, s.max(axis=1) * scale)
+        # Of a row that has seen no key yet, every weight must be 0: exp2(-inf - 0).
+        m_safe = m_new if visible is None else jnp.where(m_new == -jnp.inf, 0.0, m_new)
+        alpha = jnp.exp2(m - m_safe)
+        p = jnp.exp2(s * scale - lax.broadcast_in_dim(m_safe, s.shape, [0]))
+        return m_new, alpha, p
 
-            plgpu.barrier_wait(v_full.at[s])
-            acc = pl.run_state(product)(plgpu.ACC.init(acc))
-            plgpu.barrier_arrive(v_free.at[s])
-            return acc
+    def wait_keys(self, n):
+        @pl.when(n < self.work.total)
+        def _():
+            plgpu.barrier_wait(self.scratch.k_full.at[self.slot(n)])
 
-        def alternating(n, carry, visible_of):
-            acc, m, l = carry
-            s = scores(n)
-            m, alpha, p = softmax(s, m, visible_of(n) if visible_of else None)
-            l = l * alpha + p.sum(axis=1)
-            acc *= over_keys(alpha, acc.shape)
-            p16 = p.astype(q_ref.dtype)
-            acc, l, m, p16 = lax.optimization_barrier((acc, l, m, p16))
-            plgpu.barrier_wait(v_full.at[slot(n)])
-            my_turn()
+    def first(self):
+        """The first item, always masked."""
+        shape = (ROWS, self.work.block_kv)
 
-            def product(acc_ref):
-                plgpu.wgmma(acc_ref, p16, v_smem.at[slot(n)])
-                pass_turn()
+        def scores(ref):
+            plgpu.wgmma(ref, self.q, self.scratch.k.at[0].T)
+            return ref[...]
 
-            acc = pl.run_state(product)(plgpu.ACC.init(acc))
-            plgpu.barrier_arrive(v_free.at[slot(n)])
-            return acc, m, l
+        plgpu.barrier_wait(self.scratch.k_full.at[0])
+        s = pl.run_scoped(scores, plgpu.ACC(shape, jnp.float32))
+        plgpu.barrier_arrive(self.scratch.k_free.at[0])
+        m = plgpu.layout_cast(jnp.full((ROWS,), -jnp.inf, jnp.float32), _PER_ROW)
+        acc = jnp.zeros((ROWS, self.q.shape[1]), jnp.float32)
+        m, _, p = self.softmax(s, m, self.work.sees_tile(0, self.warpgroup))
+        self.wait_keys(1)
+        acc = plgpu.layout_cast(acc, _WGMMA)
+        return acc, m, p.sum(axis=1), p.astype(self.dtype), jnp.int32(0)
 
-        if config.alternate:
-            @pl.when(wg == 1)
-            def _():
-                plgpu.barrier_arrive(turn.at[0])
+    def item(self, n, state, sees):
+        """Scores of item n beside the value product of the item before."""
+        acc, m, l, p, at = state
+        slot, before = self.slot(n), self.slot(at)
+        shape = (ROWS, self.work.block_kv)
+        scratch = self.scratch
 
-        zeros = lambda shape, layout, fill=0.0: plgpu.layout_cast(jnp.full(shape, fill, jnp.float32), layout)
-        acc = zeros((ROWS, head_dim), _WGMMA)
-        m = zeros((ROWS,), _ROW, -jnp.inf)
-        l = zeros((ROWS,), _ROW)
-        plgpu.barrier_wait(q_full.at[wg])
-        visit = overlapped if config.overlap else alternating
-        loop = lambda low, high, carry, see: lax.fori_loop(low, high, functools.partial(visit, visible_of=see), carry)
-        if config.overlap:
-            m, alpha, p = softmax(scores(0), m, see_tile(0))
-            carry = (acc, m, p.sum(axis=1), p.astype(q_ref.dtype))
-            wait_keys(1)
-            carry = loop(1, masked, carry, see_tile)
-        else:
-            carry = loop(0, masked, (acc, m, l), see_tile)
-        carry = loop(masked, listed, carry, None)
-        if has_columns:
-            carry = loop(listed, listed + columns_full, carry, bit_set)
-            carry = loop(listed + columns_full, total, carry, see_edge_columns)
-        if config.overlap:
-            acc, m, l, p = carry
-            acc = value_product(total - 1, acc, p)
-        else:
-            acc, m, l = carry
+        def products(refs):
+            acc_ref, m_ref, l_ref, alpha_ref, p_ref = refs
 
-        if config.alternate:
-            @pl.when(wg == 0)
-            def _():
-                plgpu.barrier_wait(turn.at[0])
+            def scores_and_values(s_ref):
+                plgpu.wgmma(s_ref, self.q, scratch.k.at[slot].T)
+                plgpu.barrier_wait(scratch.v_full.at[before])
+                plgpu.wgmma(acc_ref, p, scratch.v.at[before])
+                s = plgpu.wgmma_accumulator_load(s_ref, wait_n=1)
+                plgpu.barrier_arrive(scratch.k_free.at[slot])
+                visible = None if sees is None else sees(n, self.warpgroup)
+                m_new, alpha, p_new = self.softmax(s, m_ref[...], visible)
+                l_new = l_ref[...] * alpha + p_new.sum(axis=1)
+                # The barrier and the branch of the wait keep the compiler from moving the softmax
+                # below the end of the value product. The weights become 16-bit only after it:
+                # operands of a running product may not be written.
+                m_ref[...], l_ref[...], alpha_ref[...], p_ref[...] = lax.optimization_barrier(
+                    (m_new, l_new, alpha, p_new)
+                )
+                self.wait_keys(n + 1)
 
-        seen = l > 0.0
-        inverse = jnp.where(seen, 1.0 / l, 0.0)
-        lse = jnp.where(seen, m * (1 / LOG2E) + jnp.log(l), -jnp.inf)
-        plgpu.commit_smem()
-        q_tile[...] = (acc * over_keys(inverse, acc.shape)).astype(q_ref.dtype)
-        lse_smem[wg] = lse
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(q_tile, out_ref.at[batch, q_rows, head])
-        plgpu.copy_smem_to_gmem(lse_smem.at[wg], lse_ref.at[batch, head, q_rows])
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            pl.run_scoped(scores_and_values, plgpu.ACC(shape, jnp.float32))
+
+        p_new = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), _WGMMA)
+        acc, m, l, alpha, p_new = pl.run_state(products)(
+            (plgpu.ACC.init(acc), m, l, jnp.zeros_like(m), p_new)
+        )
+        plgpu.barrier_arrive(scratch.v_free.at[before])
+        acc *= lax.broadcast_in_dim(alpha, acc.shape, [0])
+        return acc, m, l, p_new.astype(self.dtype), n
+
+    def skip(self, n, state):
+        """Gives the stage of item n back unread."""
+        slot = self.slot(n)
+        plgpu.barrier_arrive(self.scratch.k_free.at[slot])
+        plgpu.barrier_wait(self.scratch.v_full.at[slot])
+        plgpu.barrier_arrive(self.scratch.v_free.at[slot])
+        self.wait_keys(n + 1)
+        return state

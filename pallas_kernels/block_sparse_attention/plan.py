@@ -1,12 +1,18 @@
 """What the kernel reads for each query tile, worked out from the index before the launch."""
 
+import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.block_sparse_attention.index import BlockSparseIndex, tiles_after
+from pallas_kernels.block_sparse_attention.index import (
+    BlockSparseIndex,
+    covered_columns,
+    tiles_after,
+)
 from pallas_kernels.common.tiling import round_up
 
 # begin, count, origin, front, tail, first_row, length, columns_full, columns_all.
@@ -20,68 +26,60 @@ class Plan(NamedTuple):
     column_ids: Int[Array, "batch heads padded_columns"]
     column_bits: Int[Array, "batch heads num_q_blocks words"]
 
-    @property
-    def num_columns(self) -> int:
-        return self.column_ids.shape[2]
 
-
-def make_plan(index: BlockSparseIndex, *, kv_len: int, lengths, q_offset) -> Plan:
+def make_plan(
+    index: BlockSparseIndex, *, lengths: Int[Array, " batch"], q_offset: Int[Array, ""]
+) -> Plan:
     """Splits each list into masked and full tiles and marks the columns each query tile sees."""
-    block_q, block_kv = index.block_q, index.block_kv
     num_columns = index.columns.shape[2]
-    padded = round_up(num_columns, block_kv)
-    capacity = index.entries.shape[2]
+    padded = round_up(num_columns, index.block_kv)
     ids = jnp.pad(index.columns, ((0, 0), (0, 0), (0, padded - num_columns)))
 
-    def one_head(entries, begin, count, origin, ids, column_count, length):
-        number = jnp.arange(begin.shape[0])
-        first_row = q_offset + number * block_q
-        begin = jnp.clip(begin, 0, capacity - 1)
-        last = origin + entries[jnp.clip(begin + count - 1, 0, capacity - 1)]
-        tail = ((count > 0) & (last < 0)).astype(jnp.int32)
-        limit = jnp.minimum(first_row + 1, length) - block_kv
-        front = tiles_after(entries, begin, count, origin, limit)
-        front = jnp.minimum(front, count - tail)
+    def one_head(lists, ids, length):
+        first_row = q_offset + jnp.arange(lists.begin.shape[0]) * index.block_q
+        capacity = lists.entries.shape[0]
+        begin = jnp.clip(lists.begin, 0, capacity - 1)
+        lists = dataclasses.replace(lists, begin=begin)
+        last = lists.origin + lists.offsets[jnp.clip(begin + lists.count - 1, 0, capacity - 1)]
+        tail = ((lists.count > 0) & (last < 0)).astype(jnp.int32)
+        limit = jnp.minimum(first_row + 1, length) - index.block_kv
+        front = tiles_after(lists.offsets, begin, lists.count, lists.origin, limit)
         # At least one tile goes first: a masked one, or one that lies after every key.
-        front = jnp.maximum(front, 1 - tail)
-        full = everything = jnp.zeros_like(count)
+        front = jnp.maximum(jnp.minimum(front, lists.count - tail), 1 - tail)
+        full = everything = jnp.zeros_like(front)
         bits = jnp.zeros((begin.shape[0], 0), jnp.int32)
         if padded:
-            bits, full, everything = _see_columns(
-                entries, begin, count, origin, ids, column_count, length, first_row, block_q, block_kv
-            )
-        lists = jnp.stack(
-            [begin, count, origin, front, tail, first_row, jnp.broadcast_to(length, begin.shape), full, everything],
-            axis=-1,
-        )
-        return lists, bits
+            bits, full, everything = _see_columns(lists, ids, length, first_row)
+        fields = (begin, lists.count, lists.origin, front, tail, first_row, length, full, everything)
+        return jnp.stack([jnp.broadcast_to(x, begin.shape) for x in fields], axis=-1), bits
 
-    over_heads = jax.vmap(one_head, in_axes=(0, 0, 0, 0, 0, 0, None))
-    lists, bits = jax.vmap(over_heads)(
-        index.entries, index.begin, index.count, index.origin, ids, index.column_count, lengths
-    )
+    lists, bits = jax.vmap(jax.vmap(one_head, in_axes=(0, 0, None)))(index, ids, lengths)
     return Plan(lists, ids, bits)
 
 
-def _see_columns(entries, begin, count, origin, ids, column_count, length, first_row, block_q, block_kv):
-    """Bits of the columns that each query tile sees, and how many column tiles it visits."""
+def _see_columns(lists, ids, length, first_row):
+    """Bits of the columns that each query tile of a head sees, and its tiles of columns."""
     column = jnp.arange(ids.shape[0])
+    offsets = lists.offsets
 
     def one_tile(begin, count, origin, first_row):
-        after = tiles_after(entries, begin, count, origin, ids)
-        start = origin + entries[jnp.minimum(begin + after, entries.shape[0] - 1)]
-        covered = (after < count) & (ids < start + block_kv)
-        real = (column < column_count) & (ids < length) & (ids < first_row + block_q)
-        use = real & ~covered
-        bit = jnp.left_shift(use.astype(jnp.int32), column % 32)
-        bits = jnp.sum(bit.reshape(-1, 32), axis=1)
-        end = jnp.max(jnp.where(use, column + 1, 0))
-        early = jnp.sum((column < column_count) & (ids <= first_row))
+        real = (column < lists.column_count) & (ids < length) & (ids < first_row + lists.block_q)
+        uses = [
+            real & ~covered_columns(
+                offsets, begin, count, origin, ids, lists.block_kv,
+                lists.visited_by(half) if lists.split else None,
+            )
+            for half in range(lists.halves)
+        ]  # fmt: skip
+        shifted = [jnp.left_shift(use.astype(jnp.int32), column % 32) for use in uses]
+        bits = jnp.concatenate([jnp.sum(x.reshape(-1, 32), axis=1) for x in shifted])
+        end = jnp.max(jnp.where(functools.reduce(jnp.logical_or, uses), column + 1, 0))
+        early = jnp.sum((column < lists.column_count) & (ids <= first_row))
         return bits, end, early
 
-    bits, end, early = jax.vmap(one_tile)(begin, count, origin, first_row)
-    everything = -(-end // block_kv)
-    full = jnp.where(end <= early, everything, jnp.minimum(early // block_kv, everything))
+    bits, end, early = jax.vmap(one_tile)(lists.begin, lists.count, lists.origin, first_row)
+    everything = -(-end // lists.block_kv)
+    full = jnp.where(end <= early, everything, jnp.minimum(early // lists.block_kv, everything))
     return bits, full.astype(jnp.int32), everything.astype(jnp.int32)
 
 

@@ -49,10 +49,11 @@ def block_sparse_attention(
 
 def _one_head(q, k, v, lists, length, q_offset):
     """One head: q [num_q_blocks, block_q, head_dim], k and v padded by block_kv at both ends."""
+    offsets = lists.offsets
     num_q_blocks, block_q, head_dim = q.shape
     block_kv = lists.block_kv
     group = max(1, _KEYS_PER_STEP // block_kv)
-    capacity = lists.entries.shape[0]
+    capacity = offsets.shape[0]
     num_columns = lists.columns.shape[0]
     column_step = min(_KEYS_PER_STEP, max(num_columns, 1))
     padded_columns = round_up(max(num_columns, 1), column_step)
@@ -69,6 +70,9 @@ def _one_head(q, k, v, lists, length, q_offset):
         in_axes=(None, 0),
     )
 
+    visited = jnp.stack([lists.visited_by(half) for half in range(lists.halves)])
+    per_row = lambda x: jnp.repeat(x, block_q // lists.halves, axis=0)
+
     def one_tile(args):
         q, number, begin, count, origin = args
         position = q_offset + number * block_q + jnp.arange(block_q)
@@ -76,24 +80,30 @@ def _one_head(q, k, v, lists, length, q_offset):
         def tile_step(i, state):
             slot = i * group + jnp.arange(group)
             used = slot < count
-            start = origin + lists.entries[jnp.minimum(begin + slot, capacity - 1)]
+            start = origin + offsets[jnp.minimum(begin + slot, capacity - 1)]
             start = jnp.where(used, jnp.clip(start, -block_kv, num_keys), num_keys)
             at = jnp.stack([start + block_kv, jnp.zeros_like(start)], axis=1)
             keys = load(k, at).reshape(group * block_kv, head_dim)
             values = load(v, at).reshape(group * block_kv, head_dim)
             key = (start[:, None] + jnp.arange(block_kv)[None, :]).reshape(-1)
             real = (key >= 0) & (key < length) & jnp.repeat(used, block_kv)
-            visible = real[None, :] & (key[None, :] <= position[:, None])
+            at = jnp.minimum(begin + slot, capacity - 1)
+            real = real[None, :] & jnp.repeat(visited[:, at], block_kv, axis=1)
+            visible = per_row(real) & (key[None, :] <= position[:, None])
             return online_softmax.step(state, jnp.dot(q, keys.T), visible, values)
 
-        covered = covered_columns(lists.entries, begin, count, origin, columns, block_kv)
-        allowed = (columns >= 0) & (columns < length) & ~covered
+        covered = jax.vmap(
+            lambda visited: covered_columns(
+                offsets, begin, count, origin, columns, block_kv, visited
+            )
+        )(visited)
+        allowed = ((columns >= 0) & (columns < length))[None, :] & ~covered
 
         def column_pass(i, state):
             take = functools.partial(
                 jax.lax.dynamic_slice_in_dim, start_index=i * column_step, slice_size=column_step
             )
-            visible = take(allowed)[None, :] & (take(columns)[None, :] <= position[:, None])
+            visible = per_row(take(allowed, axis=1)) & (take(columns)[None, :] <= position[:, None])
             scores = jnp.dot(q, take(k_columns).T)
             return online_softmax.step(state, scores, visible, take(v_columns))
 

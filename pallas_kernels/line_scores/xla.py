@@ -7,6 +7,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.common.online_softmax import LOG2E, MASK_VALUE
 from pallas_kernels.common.tiling import round_up
 
+# Keys of one step, whatever kv_len is: padding a prompt then never changes the order of a sum.
 _CHUNK = 2048
 
 
@@ -20,7 +21,7 @@ def line_scores(
     """Column sums and diagonal sums; memory is last_q * chunk for each head."""
     batch, last_q, heads, head_dim = q.shape
     kv_len, kv_heads = k.shape[1:3]
-    chunk = min(_CHUNK, round_up(kv_len, 8))
+    chunk = _CHUNK
     padded = round_up(kv_len, chunk)
     k = jnp.pad(k, ((0, 0), (0, padded - kv_len), (0, 0), (0, 0)))
     q = q.astype(jnp.float32).reshape(batch, last_q, kv_heads, heads // kv_heads, head_dim)
