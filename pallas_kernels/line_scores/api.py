@@ -2,11 +2,12 @@
 
 from typing import Literal
 
+import jax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.line_scores import reference, xla
+from pallas_kernels.line_scores import mosaic_gpu, reference, xla
 
-Implementation = Literal["xla", "reference"]
+Implementation = Literal["mosaic_gpu", "xla", "reference"]
 
 
 def line_scores(
@@ -34,13 +35,28 @@ def line_scores(
 
     Raises:
         ValueError: heads is not a multiple of kv_heads, or the implementation is unknown.
+        NotImplementedError: the implementation asked for does not run here; the message says why.
     """
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"`q` heads ({q.shape[2]}) must be a multiple of `k` heads ({k.shape[2]})")
-    implementations = {"xla": xla, "reference": reference}
+    implementations = {"mosaic_gpu": mosaic_gpu, "xla": xla, "reference": reference}
     if implementation is not None and implementation not in implementations:
         raise ValueError(
             f"unknown implementation {implementation!r}; expected one of {list(implementations)}"
         )
-    run = implementations[implementation or "xla"].line_scores
+    reason = None if implementation in ("xla", "reference") else _declined(q, k)
+    if implementation == "mosaic_gpu" and reason:
+        raise NotImplementedError(f"`implementation='mosaic_gpu'` cannot serve this call: {reason}")
+    if implementation is None:
+        implementation = "xla" if reason else "mosaic_gpu"
+    run = implementations[implementation].line_scores
     return run(q, k, first=first, lengths=lengths)
+
+
+def _declined(q: Array, k: Array) -> str | None:
+    """Why the Hopper kernel does not serve these arrays on the default device."""
+    device = jax.devices()[0]
+    capability = getattr(device, "compute_capability", "none")
+    if device.platform != "gpu" or capability.split(".")[0] != "9":
+        return f"it needs a Hopper GPU, the default device is {device.device_kind}"
+    return mosaic_gpu.unsupported(q, k)

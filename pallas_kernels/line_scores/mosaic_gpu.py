@@ -37,6 +37,17 @@ _PITCH = 200
 _SHARED_MEMORY = 232_448 - 2_048
 
 
+def unsupported(q: Array, k: Array) -> str | None:
+    """Why these arrays cannot be served; None if they can."""
+    if q.dtype not in (jnp.bfloat16, jnp.float16) or k.dtype != q.dtype:
+        return f"it needs bfloat16 or float16, got {q.dtype} and {k.dtype}"
+    if q.shape[3] not in (64, 96, 128, 256):
+        return f"it needs head_dim 64, 96, 128 or 256, got {q.shape[3]}"
+    if q.shape[1] > ROWS:
+        return f"it takes at most {ROWS} queries, got {q.shape[1]}"
+    return None
+
+
 def line_scores(
     q: Float[Array, "batch last_q heads head_dim"],
     k: Float[Array, "batch kv_len kv_heads head_dim"],
