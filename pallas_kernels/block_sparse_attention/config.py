@@ -18,8 +18,8 @@ class Config:
 
     Attributes:
         stages: key/value tiles in flight.
-        queries_in_registers: feed the queries of the score product from registers. Narrow key
-            tiles need it: there the two operands together exceed what shared memory delivers.
+        queries_in_registers: feed the queries of the score product from registers, which halves
+            what the tensor cores read from shared memory.
     """
 
     stages: int
@@ -30,16 +30,17 @@ class Config:
             raise ValueError(f"`stages` must be at least 2, got {self.stages}")
 
 
-def shared_memory(head_dim: int, block_kv: int, stages: int) -> int:
+def shared_memory(head_dim: int, stage_rows: int, stages: int) -> int:
     """Bytes of shared memory of one block (16-bit elements)."""
     row = 2 * head_dim
     queries = COMPUTE_WARPGROUPS * ROWS * row
-    return queries + 2 * stages * block_kv * row + round_up(COMPUTE_WARPGROUPS * ROWS * 4, 1024)
+    return queries + 2 * stages * stage_rows * row + round_up(COMPUTE_WARPGROUPS * ROWS * 4, 1024)
 
 
-def default_config(head_dim: int, block_kv: int) -> Config | None:
+def default_config(head_dim: int, block_kv: int, stage_rows: int) -> Config | None:
     """The measured best for these shapes (README.md), None where two stages do not fit."""
+    in_registers = head_dim <= 128 and block_kv <= 128
     for stages in (4, 3, 2):
-        if shared_memory(head_dim, block_kv, stages) <= _SHARED_MEMORY:
-            return Config(stages=stages, queries_in_registers=block_kv <= 64 and head_dim <= 128)
+        if shared_memory(head_dim, stage_rows, stages) <= _SHARED_MEMORY:
+            return Config(stages=stages, queries_in_registers=in_registers)
     return None

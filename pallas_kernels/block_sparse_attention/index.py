@@ -38,43 +38,35 @@ class BlockSparseIndex:
         begin: int32 [batch, heads, num_q_blocks], first entry of the query tile.
         count: int32 [batch, heads, num_q_blocks], entries of the query tile.
         origin: int32 [batch, heads, num_q_blocks], added to each entry.
+        shift: int32 [batch, heads, num_q_blocks]: how many keys later the tiles of the second
+            half of the query tile's rows start; a multiple of ALIGNMENT, at most block_q / 2.
         columns: int32 [batch, heads, num_columns]; entries from column_count on are ignored.
         column_count: int32 [batch, heads].
         block_q: query rows of one tile (static).
         block_kv: keys of one tile (static).
-        split: whether bit h (0, 1) of an entry, set, says that the h-th half of the query tile's
-            rows does not visit the tile (static). Starts are multiples of 8, so the bits are free.
+        staggered: whether `shift` may differ from 0 (static).
     """
 
     entries: Int[Array, "batch heads capacity"]
     begin: Int[Array, "batch heads num_q_blocks"]
     count: Int[Array, "batch heads num_q_blocks"]
     origin: Int[Array, "batch heads num_q_blocks"]
+    shift: Int[Array, "batch heads num_q_blocks"]
     columns: Int[Array, "batch heads num_columns"]
     column_count: Int[Array, "batch heads"]
     block_q: int = dataclasses.field(metadata={"static": True})
     block_kv: int = dataclasses.field(metadata={"static": True})
-    split: bool = dataclasses.field(default=False, metadata={"static": True})
-
-    @property
-    def offsets(self) -> Int[Array, "batch heads capacity"]:
-        """The entries without their bits: what is added to the origin."""
-        return self.entries & -ALIGNMENT if self.split else self.entries
+    staggered: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def halves(self) -> int:
-        """Parts of a query tile that may visit different tiles."""
-        return 2 if self.split else 1
-
-    def visited_by(self, half: int) -> Bool[Array, "batch heads capacity"]:
-        """Which entries one half of the query tile visits (entries of its own list given)."""
-        if not self.split:
-            return jnp.ones(self.entries.shape, bool)
-        return (self.entries >> half) & 1 == 0
+        """Parts of a query tile's rows whose tiles may differ."""
+        return 2 if self.staggered else 1
 
     @property
-    def _visited(self) -> Bool[Array, "batch heads halves capacity"]:
-        return jnp.stack([self.visited_by(half) for half in range(self.halves)], axis=2)
+    def stage_rows(self) -> int:
+        """Keys from the first to the last that any row of a query tile sees of a tile."""
+        return self.block_kv + (self.block_q // 2 if self.staggered else 0)
 
     def density(
         self,
@@ -102,19 +94,18 @@ class BlockSparseIndex:
 
         part = self.block_q // self.halves
 
-        def one_head(entries, visited, begin, count, origin, columns, column_count, length):
-            def one_part(number, half, begin, count, origin, visited):
+        def one_head(entries, begin, count, origin, shift, columns, column_count, length):
+            def one_part(half, number, begin, count, origin, shift):
+                origin = origin + half * shift
                 first = q_offset + number * self.block_q + half * part
                 rows = jnp.clip(jnp.minimum(length, q_offset + q_len) - first, 0, part)
                 slot = jnp.arange(entries.shape[0])
                 start = origin + entries
                 low = jnp.maximum(start, 0)
-                used = (slot >= begin) & (slot < begin + count) & visited
+                used = (slot >= begin) & (slot < begin + count)
                 width = jnp.where(used, start + self.block_kv - low, 0)
                 tiles = _sum_clipped(first + 1 - low, rows, jnp.maximum(width, 0))
-                covered = covered_columns(
-                    entries, begin, count, origin, columns, self.block_kv, visited
-                )
+                covered = covered_columns(entries, begin, count, origin, columns, self.block_kv)
                 use = (jnp.arange(columns.shape[0]) < column_count) & ~covered
                 singles = jnp.where(use, jnp.clip(first + rows - columns, 0, rows), 0)
                 causal = rows * first + rows * (rows + 1) // 2
@@ -122,17 +113,17 @@ class BlockSparseIndex:
                 return pairs, causal.astype(jnp.float32)
 
             def one_tile(tile):
-                parts = [one_part(tile[0], h, *tile[1:], visited[h]) for h in range(self.halves)]
+                parts = [one_part(half, *tile) for half in range(self.halves)]
                 return jax.tree.map(lambda *x: sum(x), *parts)
 
             number = jnp.arange(begin.shape[0])
-            pairs, causal = jax.lax.map(one_tile, (number, begin, count, origin))
+            pairs, causal = jax.lax.map(one_tile, (number, begin, count, origin, shift))
             return jnp.sum(pairs), jnp.sum(causal)
 
         over_heads = jax.vmap(one_head, in_axes=(0, 0, 0, 0, 0, 0, 0, None))
         return jax.vmap(over_heads)(
-            self.offsets, self._visited, self.begin, self.count, self.origin, self.columns, self.column_count,
-            lengths,
+            self.entries, self.begin, self.count, self.origin, self.shift, self.columns,
+            self.column_count, lengths,
         )  # fmt: skip
 
     def to_mask(
@@ -148,20 +139,21 @@ class BlockSparseIndex:
         lengths, q_offset = resolve_lengths(batch, q_len, kv_len, lengths, q_offset)
         key = jnp.arange(kv_len)
 
-        def one_head(entries, visited, begin, count, origin, columns, column_count, length):
-            def one_part(begin, count, origin, visited):
+        def one_head(entries, begin, count, origin, shift, columns, column_count, length):
+            def one_part(half, begin, count, origin, shift):
                 slot = jnp.arange(entries.shape[0])
-                used = (slot >= begin) & (slot < begin + count) & visited
+                used = (slot >= begin) & (slot < begin + count)
                 edges = jnp.zeros((kv_len + 1,), jnp.int32)
-                start = jnp.where(used, origin + entries, NO_TILE)
+                start = jnp.where(used, origin + half * shift + entries, NO_TILE)
                 edges = edges.at[jnp.clip(start, 0, kv_len)].add(1)
                 edges = edges.at[jnp.clip(start + self.block_kv, 0, kv_len)].add(-1)
                 return jnp.cumsum(edges)[:kv_len] > 0
 
             def one_tile(tile):
-                return jnp.stack([one_part(*tile, visited[h]) for h in range(self.halves)])
+                return jnp.stack([one_part(half, *tile) for half in range(self.halves)])
 
-            tiles = jax.lax.map(one_tile, (begin, count, origin)).reshape(-1, kv_len)
+            tiles = jax.lax.map(one_tile, (begin, count, origin, shift))
+            tiles = tiles.reshape(-1, kv_len)
             wanted = jnp.where(jnp.arange(columns.shape[0]) < column_count, columns, kv_len)
             single = jnp.zeros((kv_len,), bool).at[wanted].set(True, mode="drop")
             rows = jnp.repeat(tiles | single[None, :], self.block_q // self.halves, axis=0)[:q_len]
@@ -171,8 +163,8 @@ class BlockSparseIndex:
 
         over_heads = jax.vmap(one_head, in_axes=(0, 0, 0, 0, 0, 0, 0, None))
         return jax.vmap(over_heads)(
-            self.offsets, self._visited, self.begin, self.count, self.origin, self.columns, self.column_count,
-            lengths,
+            self.entries, self.begin, self.count, self.origin, self.shift, self.columns,
+            self.column_count, lengths,
         )  # fmt: skip
 
 
@@ -197,13 +189,11 @@ def covered_columns(
     origin: Int[Array, ""],
     columns: Int[Array, " num_columns"],
     block_kv: int,
-    visited: Bool[Array, " capacity"] | None = None,
 ) -> Bool[Array, " num_columns"]:
-    """Which columns lie inside a (visited) tile of one head's query tile, by binary search."""
+    """Which columns lie inside a tile of one head's query tile, by binary search."""
     after = tiles_after(entries, begin, count, origin, columns)
     at = jnp.minimum(begin + after, entries.shape[0] - 1)
-    inside = (after < count) & (columns < origin + entries[at] + block_kv)
-    return inside if visited is None else inside & visited[at]
+    return (after < count) & (columns < origin + entries[at] + block_kv)
 
 
 def tiles_after(
@@ -240,7 +230,6 @@ def validate(index: BlockSparseIndex) -> None:
             index.column_count,
         )
     )  # fmt: skip
-    offsets = entries & -ALIGNMENT if index.split else entries
     if begin.shape != count.shape or begin.shape != origin.shape:
         raise ValueError(
             "`begin`, `count` and `origin` must have one shape [batch, heads, num_q_blocks], got "
@@ -258,7 +247,7 @@ def validate(index: BlockSparseIndex) -> None:
                 f"query tile {where}: entries {first}..{first + number} are outside the list of "
                 f"{entries.shape[-1]}"
             )
-        starts = origin[where] + offsets[where[:2]][first : first + number]
+        starts = origin[where] + entries[where[:2]][first : first + number]
         if np.any(starts % ALIGNMENT):
             raise ValueError(f"query tile {where}: tile starts must be multiples of {ALIGNMENT}")
         if np.any(starts[:-1] - starts[1:] < index.block_kv):

@@ -45,7 +45,7 @@ def unsupported(q: Array, k: Array, index: BlockSparseIndex) -> str | None:
         return f"needs block_q {_BLOCK_Q}, got {index.block_q}"
     if index.block_kv not in _BLOCK_KVS:
         return f"needs block_kv in {_BLOCK_KVS}, got {index.block_kv}"
-    if default_config(head_dim, index.block_kv) is None:
+    if default_config(head_dim, index.block_kv, index.stage_rows) is None:
         return f"block_kv {index.block_kv} does not fit shared memory at head_dim {head_dim}"
     return None
 
@@ -63,7 +63,7 @@ def block_sparse_attention(
 ) -> tuple[Float[Array, "batch q_len heads head_dim"], Float[Array, "batch heads q_len"]]:
     """Output in q's dtype and natural-log log-sum-exp; see `unsupported` for what it serves."""
     q_len = q.shape[1]
-    config = config or default_config(q.shape[3], index.block_kv)
+    config = config or default_config(q.shape[3], index.block_kv, index.stage_rows)
     # The bulk copies see rows in groups of 8; they fill rows past the end with zeros.
     q, k, v = (_pad_rows(x) for x in (q, k, v))
     plan = make_plan(index, lengths=lengths, q_offset=q_offset)
@@ -102,8 +102,8 @@ def _launch(q, k, v, index, plan: Plan, columns, config: Config, interpret):
     full = plgpu.Barrier(num_barriers=config.stages)
     scratch = _Scratch(
         q=tile(COMPUTE_WARPGROUPS, ROWS, head_dim),
-        k=tile(config.stages, index.block_kv, head_dim),
-        v=tile(config.stages, index.block_kv, head_dim),
+        k=tile(config.stages, index.stage_rows, head_dim),
+        v=tile(config.stages, index.stage_rows, head_dim),
         lse=plgpu.SMEM((COMPUTE_WARPGROUPS, ROWS), jnp.float32),
         q_full=plgpu.Barrier(num_barriers=COMPUTE_WARPGROUPS),
         k_full=full,
@@ -112,8 +112,9 @@ def _launch(q, k, v, index, plan: Plan, columns, config: Config, interpret):
         v_free=free,
     )
     body = functools.partial(
-        _kernel, config=config, kv_heads=kv_heads, group=heads // kv_heads, split=index.split
-    )
+        _kernel, config=config, kv_heads=kv_heads, group=heads // kv_heads,
+        block_kv=index.block_kv, staggered=index.staggered,
+    )  # fmt: skip
     arrays = [q, k, v, index.entries, plan.lists]
     if columns is not None:
         arrays += [*columns, plan.column_ids, plan.column_bits]
@@ -138,7 +139,7 @@ def _launch(q, k, v, index, plan: Plan, columns, config: Config, interpret):
 
 
 def _kernel(
-    q_ref, k_ref, v_ref, entries_ref, lists_ref, *rest, scratch, config, kv_heads, group, split
+    q_ref, k_ref, v_ref, entries_ref, lists_ref, *rest, scratch, config, kv_heads, group, block_kv, staggered
 ):
     *column_refs, out_ref, lse_ref = rest
     kv = lax.axis_index("kv")
@@ -148,7 +149,7 @@ def _kernel(
     tile = lists_ref.shape[2] - 1 - lax.axis_index("tile")
     fields = [lists_ref[batch, head, tile, i] for i in range(FIELDS)]
     work = _Work(
-        batch, head, tile, *fields, entries=entries_ref, block_kv=scratch.k.shape[1], split=split,
+        batch, head, tile, *fields, entries=entries_ref, block_kv=block_kv, staggered=staggered,
         kv_len=k_ref.shape[1], column_ids=column_refs[2] if column_refs else None,
         column_bits=column_refs[3] if column_refs else None,
     )  # fmt: skip
@@ -175,6 +176,7 @@ class _Work:
     begin: Any
     count: Any
     origin: Any
+    shift: Any
     front: Any
     tail: Any
     first_row: Any
@@ -183,7 +185,7 @@ class _Work:
     columns_all: Any
     entries: Any
     block_kv: int
-    split: bool
+    staggered: bool
     kv_len: int
     column_ids: Any
     column_bits: Any
@@ -202,31 +204,30 @@ class _Work:
     def total(self):
         return self.listed if self.column_ids is None else self.listed + self.columns_all
 
-    def entry(self, n):
-        last = self.count - 1
-        at = jnp.where(n < self.front, n, jnp.where(n < self.masked, last, n - self.tail))
-        return self.entries[self.batch, self.head, self.begin + jnp.clip(at, 0, self.listed - 1)]
-
     def start(self, n):
-        """First key of the n-th item."""
-        entry = self.entry(n)
-        start = self.origin + (entry & -8 if self.split else entry)
+        """First key of the n-th item, for the first half of the rows."""
+        last = self.count - self.tail - self.front
+        at = n - jnp.where(n < self.front, 0, jnp.where(n < self.masked, -last, self.tail))
+        start = self.origin + self.entries[self.batch, self.head, self.begin + at]
         return jnp.where(self.count > 0, start, self.kv_len)
 
-    def skips(self, n, warpgroup):
-        """Whether the rows of a warpgroup do not visit the n-th item."""
-        return lax.shift_right_logical(self.entry(n), warpgroup) & 1 == 1
+    def window(self, n, warpgroup):
+        """First key that a warpgroup visits of a masked tile, and its row in the stage.
+
+        Tiles are copied from key 0 where they begin before it.
+        """
+        start = self.start(n)
+        first = jnp.maximum(start + warpgroup * self.shift, 0)
+        return first, first - jnp.maximum(start, 0)
 
     def iota(self, axis):
         return plgpu.broadcasted_iota(jnp.int32, (ROWS, self.block_kv), axis, layout=_WGMMA)
 
     def sees_tile(self, n, warpgroup):
-        """Mask of a key tile; a start below 0 was moved to 0."""
-        start = self.start(n)
-        first = jnp.maximum(start, 0)
-        keys = jnp.minimum(start + self.block_kv, self.length) - first
-        if self.split:
-            keys = jnp.where(self.skips(n, warpgroup), 0, keys)
+        """Mask of a key tile."""
+        first, _ = self.window(n, warpgroup)
+        end = self.start(n) + warpgroup * self.shift + self.block_kv
+        keys = jnp.minimum(end, self.length) - first
         row = self.first_row + warpgroup * ROWS
         return (self.iota(1) < keys) & (self.iota(1) - self.iota(0) <= row - first)
 
@@ -234,7 +235,7 @@ class _Work:
         """Mask of a tile of columns before every row: one bit each."""
         words = self.block_kv // 32
         base = (n - self.listed) * words
-        if self.split:
+        if self.staggered:
             base += warpgroup * (self.column_ids.shape[2] // 32)
         bits = [self.column_bits[self.batch, self.head, self.tile, base + i] for i in range(words)]
         word = jnp.full((ROWS, self.block_kv), bits[0])
@@ -255,7 +256,7 @@ class _Work:
 
 def _produce(work: _Work, scratch: _Scratch, config: Config, kv_head, k_ref, v_ref, column_refs):
     """Copies keys and values of every item into the ring of stages, in order."""
-    stages, block_kv = config.stages, work.block_kv
+    stages, stage_rows = config.stages, scratch.k.shape[1]
 
     def load(n, keys, values):
         slot = lax.rem(n, stages)
@@ -268,14 +269,14 @@ def _produce(work: _Work, scratch: _Scratch, config: Config, kv_head, k_ref, v_r
 
     @pl.loop(0, work.listed)
     def _(n):
-        rows = pl.ds(pl.multiple_of(jnp.maximum(work.start(n), 0), 8), block_kv)
+        rows = pl.ds(pl.multiple_of(jnp.maximum(work.start(n), 0), 8), stage_rows)
         load(n, *(ref.at[work.batch, rows, kv_head] for ref in (k_ref, v_ref)))
 
     if column_refs:
 
         @pl.loop(0, work.columns_all)
         def _(n):
-            rows = pl.ds(pl.multiple_of(n * block_kv, block_kv), block_kv)
+            rows = pl.ds(pl.multiple_of(n * work.block_kv, work.block_kv), stage_rows)
             load(work.listed + n, *(ref.at[work.batch, work.head, rows] for ref in column_refs))
 
     # A block may not end before every completion of its barriers was awaited.
@@ -319,8 +320,8 @@ def _compute(
 class _Visit:
     """The online softmax of one warpgroup.
 
-    The state between items is (acc, m, l, p, at): p are the weights of item `at`, whose product
-    with its values is still to come. It runs beside the scores of the next item, so the tensor
+    The state between items is (acc, m, l, p, row): p are the weights of the last item, whose product
+    with its values (from `row` of their stage on) is still to come. It runs beside the scores of the next item, so the tensor
     cores work while the softmax does.
     """
 
@@ -334,44 +335,39 @@ class _Visit:
     def slot(self, n):
         return lax.rem(n, self.config.stages)
 
+    def stage(self, ref, n, row):
+        """The rows of the n-th item's stage that this warpgroup reads."""
+        if not self.work.staggered:
+            return ref.at[self.slot(n)]
+        row = row if isinstance(row, int) else pl.multiple_of(row, 8)
+        return ref.at[self.slot(n), pl.ds(row, self.work.block_kv)]
+
     def everything(self):
         work = self.work
+        shifted = self.warpgroup * work.shift
         state = self.first()
-        masked = work.sees_tile
-        state = self.loop(1, work.masked, state, masked, may_skip=work.split)
-        state = self.loop(work.masked, work.listed, state, None, may_skip=work.split)
+        state = self.loop(1, work.masked, state, work.sees_tile)
+        state = self.loop(work.masked, work.listed, state, None, shifted)
         if work.column_ids is not None:
             early = work.listed + work.columns_full
-            state = self.loop(work.listed, early, state, work.sees_columns)
-            state = self.loop(early, work.total, state, work.sees_late_columns)
-        acc, m, l, p, at = state
-        plgpu.barrier_wait(self.scratch.v_full.at[self.slot(at)])
-        acc = pl.run_state(lambda ref: plgpu.wgmma(ref, p, self.scratch.v.at[self.slot(at)]))(
-            plgpu.ACC.init(acc)
-        )
-        plgpu.barrier_arrive(self.scratch.v_free.at[self.slot(at)])
+            state = self.loop(work.listed, early, state, work.sees_columns, 0)
+            state = self.loop(early, work.total, state, work.sees_late_columns, 0)
+        acc, m, l, p, row = state
+        n = work.total - 1
+        values = self.stage(self.scratch.v, n, row)
+        plgpu.barrier_wait(self.scratch.v_full.at[self.slot(n)])
+        acc = pl.run_state(lambda ref: plgpu.wgmma(ref, p, values))(plgpu.ACC.init(acc))
+        plgpu.barrier_arrive(self.scratch.v_free.at[self.slot(n)])
         return acc, m, l
 
-    def loop(self, low, high, state, sees, may_skip=False):
-        if not may_skip:
-            return lax.fori_loop(low, high, lambda n, state: self.item(n, state, sees), state)
+    def loop(self, low, high, state, sees, row=None):
+        """Visits the items of one kind; `row` is where the warpgroup's rows of a stage begin."""
 
-        def step(n, carry):
-            *state, skip = carry
-            skip_next = self.work.skips(n + 1, self.warpgroup)
-            # Weights may wait for at most `stages` items: their values hold a stage.
-            can_wait = n - state[-1] < self.config.stages - 1
-            visit = lambda state: self.item(n, state, sees)
-            if sees is None:
-                unseen = lambda state: self.item(n, state, self.work.sees_tile)
-                plain, visit = visit, lambda state: lax.cond(skip, unseen, plain, state)
-            state = lax.cond(
-                skip & can_wait, lambda state: self.skip(n, state), visit, tuple(state)
-            )
-            return (*state, skip_next)
+        def step(n, state):
+            at = self.work.window(n, self.warpgroup)[1] if row is None else row
+            return self.item(n, state, sees, at)
 
-        carry = (*state, self.work.skips(low, self.warpgroup))
-        return lax.fori_loop(low, high, step, carry)[:-1]
+        return lax.fori_loop(low, high, step, state)
 
     def softmax(self, s, m, visible):
         """New maximum, factor for what was summed so far, weights; all in log2 units."""
@@ -394,8 +390,10 @@ class _Visit:
         """The first item, always masked."""
         shape = (ROWS, self.work.block_kv)
 
+        row = self.work.window(0, self.warpgroup)[1]
+
         def scores(ref):
-            plgpu.wgmma(ref, self.q, self.scratch.k.at[0].T)
+            plgpu.wgmma(ref, self.q, self.stage(self.scratch.k, 0, row).T)
             return ref[...]
 
         plgpu.barrier_wait(self.scratch.k_full.at[0])
@@ -406,12 +404,12 @@ class _Visit:
         m, _, p = self.softmax(s, m, self.work.sees_tile(0, self.warpgroup))
         self.wait_keys(1)
         acc = plgpu.layout_cast(acc, _WGMMA)
-        return acc, m, p.sum(axis=1), p.astype(self.dtype), jnp.int32(0)
+        return acc, m, p.sum(axis=1), p.astype(self.dtype), row
 
-    def item(self, n, state, sees):
+    def item(self, n, state, sees, row):
         """Scores of item n beside the value product of the item before."""
-        acc, m, l, p, at = state
-        slot, before = self.slot(n), self.slot(at)
+        acc, m, l, p, row_before = state
+        slot, before = self.slot(n), self.slot(n - 1)
         shape = (ROWS, self.work.block_kv)
         scratch = self.scratch
 
@@ -419,9 +417,9 @@ class _Visit:
             acc_ref, m_ref, l_ref, alpha_ref, p_ref = refs
 
             def scores_and_values(s_ref):
-                plgpu.wgmma(s_ref, self.q, scratch.k.at[slot].T)
+                plgpu.wgmma(s_ref, self.q, self.stage(scratch.k, n, row).T)
                 plgpu.barrier_wait(scratch.v_full.at[before])
-                plgpu.wgmma(acc_ref, p, scratch.v.at[before])
+                plgpu.wgmma(acc_ref, p, self.stage(scratch.v, n - 1, row_before))
                 s = plgpu.wgmma_accumulator_load(s_ref, wait_n=1)
                 plgpu.barrier_arrive(scratch.k_free.at[slot])
                 visible = None if sees is None else sees(n, self.warpgroup)
@@ -443,13 +441,4 @@ class _Visit:
         )
         plgpu.barrier_arrive(scratch.v_free.at[before])
         acc *= lax.broadcast_in_dim(alpha, acc.shape, [0])
-        return acc, m, l, p_new.astype(self.dtype), n
-
-    def skip(self, n, state):
-        """Gives the stage of item n back unread."""
-        slot = self.slot(n)
-        plgpu.barrier_arrive(self.scratch.k_free.at[slot])
-        plgpu.barrier_wait(self.scratch.v_full.at[slot])
-        plgpu.barrier_arrive(self.scratch.v_free.at[slot])
-        self.wait_keys(n + 1)
-        return state
+        return acc, m, l, p_new.astype(self.dtype), jnp.int32(row)

@@ -15,8 +15,8 @@ from pallas_kernels.block_sparse_attention.index import (
 )
 from pallas_kernels.common.tiling import round_up
 
-# begin, count, origin, front, tail, first_row, length, columns_full, columns_all.
-FIELDS = 9
+# begin, count, origin, shift, front, tail, first_row, length, columns_full, columns_all.
+FIELDS = 10
 
 
 class Plan(NamedTuple):
@@ -38,19 +38,22 @@ def make_plan(
     def one_head(lists, ids, length):
         first_row = q_offset + jnp.arange(lists.begin.shape[0]) * index.block_q
         capacity = lists.entries.shape[0]
-        begin = jnp.clip(lists.begin, 0, capacity - 1)
+        begin = jnp.clip(lists.begin, 0, lists.entries.shape[0] - 1)
         lists = dataclasses.replace(lists, begin=begin)
-        last = lists.origin + lists.offsets[jnp.clip(begin + lists.count - 1, 0, capacity - 1)]
-        tail = ((lists.count > 0) & (last < 0)).astype(jnp.int32)
-        limit = jnp.minimum(first_row + 1, length) - index.block_kv
-        front = tiles_after(lists.offsets, begin, lists.count, lists.origin, limit)
+        after = lambda key: tiles_after(lists.entries, begin, lists.count, lists.origin, key)
+        # Tiles that begin before key 0 go last in the list, those at the diagonal first.
+        tail = lists.count - after(jnp.full_like(begin, -1))
+        front = after(jnp.minimum(first_row + 1, length - lists.shift) - index.block_kv)
         # At least one tile goes first: a masked one, or one that lies after every key.
-        front = jnp.maximum(jnp.minimum(front, lists.count - tail), 1 - tail)
+        front = jnp.maximum(jnp.minimum(front, lists.count - tail), (tail == 0).astype(jnp.int32))
         full = everything = jnp.zeros_like(front)
         bits = jnp.zeros((begin.shape[0], 0), jnp.int32)
         if padded:
             bits, full, everything = _see_columns(lists, ids, length, first_row)
-        fields = (begin, lists.count, lists.origin, front, tail, first_row, length, full, everything)
+        fields = (
+            begin, lists.count, lists.origin, lists.shift, front, tail, first_row, length, full,
+            everything,
+        )  # fmt: skip
         return jnp.stack([jnp.broadcast_to(x, begin.shape) for x in fields], axis=-1), bits
 
     lists, bits = jax.vmap(jax.vmap(one_head, in_axes=(0, 0, None)))(index, ids, lengths)
@@ -60,24 +63,23 @@ def make_plan(
 def _see_columns(lists, ids, length, first_row):
     """Bits of the columns that each query tile of a head sees, and its tiles of columns."""
     column = jnp.arange(ids.shape[0])
-    offsets = lists.offsets
 
-    def one_tile(begin, count, origin, first_row):
+    def one_tile(begin, count, origin, shift, first_row):
         real = (column < lists.column_count) & (ids < length) & (ids < first_row + lists.block_q)
-        uses = [
-            real & ~covered_columns(
-                offsets, begin, count, origin, ids, lists.block_kv,
-                lists.visited_by(half) if lists.split else None,
-            )
+        covered = [
+            covered_columns(lists.entries, begin, count, origin + half * shift, ids, lists.block_kv)
             for half in range(lists.halves)
-        ]  # fmt: skip
+        ]
+        uses = [real & ~x for x in covered]
         shifted = [jnp.left_shift(use.astype(jnp.int32), column % 32) for use in uses]
         bits = jnp.concatenate([jnp.sum(x.reshape(-1, 32), axis=1) for x in shifted])
         end = jnp.max(jnp.where(functools.reduce(jnp.logical_or, uses), column + 1, 0))
         early = jnp.sum((column < lists.column_count) & (ids <= first_row))
         return bits, end, early
 
-    bits, end, early = jax.vmap(one_tile)(lists.begin, lists.count, lists.origin, first_row)
+    bits, end, early = jax.vmap(one_tile)(
+        lists.begin, lists.count, lists.origin, lists.shift, first_row
+    )
     everything = -(-end // lists.block_kv)
     full = jnp.where(end <= early, everything, jnp.minimum(early // lists.block_kv, everything))
     return bits, full.astype(jnp.int32), everything.astype(jnp.int32)

@@ -43,7 +43,7 @@ def a_shape_index(
 
 def vertical_slash_index(
     batch: int, heads: int, q_len: int, kv_len: int, *, vertical: int, slash: int, spread: Spread,
-    block_q: int = 128, block_kv: int = 128, split: bool = False, seed: int = 0,
+    block_q: int = 128, block_kv: int = 128, staggered: bool = False, seed: int = 0,
 ) -> BlockSparseIndex:  # fmt: skip
     """Random lines, another set for each head."""
     rng = np.random.default_rng(seed)
@@ -51,7 +51,7 @@ def vertical_slash_index(
     columns = [_columns(rng, kv_len, vertical) for _ in range(heads)]
     distances = [_distances(rng, kv_len, slash, spread) for _ in range(heads)]
     return lines_index(
-        columns, distances, batch, q_len, kv_len, block_q=block_q, block_kv=block_kv, split=split
+        columns, distances, batch, q_len, kv_len, block_q=block_q, block_kv=block_kv, staggered=staggered
     )
 
 
@@ -81,6 +81,7 @@ def block_sparse_index(
         begin=jnp.asarray(begin, jnp.int32),
         count=_batched(count, batch),
         origin=jnp.zeros(shape, jnp.int32),
+        shift=jnp.zeros(shape, jnp.int32),
         columns=jnp.zeros((batch, heads, 0), jnp.int32),
         column_count=jnp.zeros((batch, heads), jnp.int32),
         block_q=block_q,
@@ -90,25 +91,26 @@ def block_sparse_index(
 
 def lines_index(
     columns: list[np.ndarray], distances: list[np.ndarray], batch: int, q_len: int, kv_len: int, *,
-    block_q: int = 128, block_kv: int = 128, split: bool = False,
+    block_q: int = 128, block_kv: int = 128, staggered: bool = False,
 ) -> BlockSparseIndex:  # fmt: skip
     """The lists of heads given by their columns and distances (every needed key is visited)."""
     first = kv_len - q_len + np.arange(cdiv(q_len, block_q)) * block_q
     origin = first // ALIGNMENT * ALIGNMENT
-    shift = int(first[0] - origin[0])
+    misalign = int(first[0] - origin[0])
+    shift = block_q // 2 if staggered else 0
     cut = {}
     lists = []
     for chosen in distances:
         key = chosen.tobytes()
         if key not in cut:
-            cut[key] = _cut(chosen, shift, kv_len, block_q, block_kv, split)
+            cut[key] = _cut(chosen, misalign, kv_len, block_q // 2 if staggered else block_q, block_kv)
         lists.append(cut[key])
     capacity = max(max(map(len, lists)), 1)
     entries = np.full((len(lists), capacity), NO_TILE, np.int32)
     for head, tiles in enumerate(lists):
         entries[head, : len(tiles)] = tiles
-    offsets = [tiles & -ALIGNMENT if split else tiles for tiles in lists]
-    count = np.stack([np.searchsorted(-tiles, origin + block_kv, "left") for tiles in offsets])
+    reach = origin + block_kv + shift
+    count = np.stack([np.searchsorted(-tiles, reach, "left") for tiles in lists])
     width = max(max(map(len, columns)), 0)
     padded = np.zeros((len(columns), width), np.int32)
     for head, chosen in enumerate(columns):
@@ -119,11 +121,12 @@ def lines_index(
         begin=jnp.zeros(shape, jnp.int32),
         count=_batched(count, batch),
         origin=jnp.asarray(np.broadcast_to(origin, shape), jnp.int32),
+        shift=jnp.full(shape, shift, jnp.int32),
         columns=_batched(padded, batch),
         column_count=_batched(np.array([len(x) for x in columns]), batch),
         block_q=block_q,
         block_kv=block_kv,
-        split=split,
+        staggered=staggered,
     )
 
 
@@ -147,29 +150,20 @@ def _distances(rng, kv_len, size, spread: Spread):
     return np.concatenate([np.arange(near), far])
 
 
-def _cut(distances, shift, kv_len, block_q, block_kv, split):
-    """Greedy cover, from near to far, of the keys that a query tile needs (offsets from origin)."""
-    top = round_up(block_q + shift, ALIGNMENT)
-    granules = round_up(kv_len + 2 * block_q, ALIGNMENT) // ALIGNMENT
-
-    def covered(first, rows):
-        """Granules (from `top` downwards) that `rows` rows from the tile's row `first` need."""
-        edges = np.zeros(granules + 1, np.int64)
-        nearest = (top - 1 - (shift + first - distances + rows - 1)) // ALIGNMENT
-        farthest = (top - 1 - (shift + first - distances)) // ALIGNMENT
-        np.add.at(edges, np.minimum(nearest, granules), 1)
-        np.add.at(edges, np.minimum(farthest + 1, granules), -1)
-        return np.cumsum(edges)[:granules] > 0
-
-    needed = np.flatnonzero(covered(0, block_q))
-    begins, at = [], 0
+def _cut(distances, misalign, kv_len, rows, block_kv):
+    """Greedy cover, from near to far, of the keys that `rows` rows need (offsets from origin)."""
+    top = round_up(rows + misalign, ALIGNMENT)
+    granules = round_up(kv_len + 2 * rows, ALIGNMENT) // ALIGNMENT
+    edges = np.zeros(granules + 1, np.int64)
+    # Distance d needs the offsets misalign - d .. misalign - d + rows - 1; granules of 8 keys count
+    # downwards from `top`.
+    nearest = (top - 1 - (misalign - distances + rows - 1)) // ALIGNMENT
+    farthest = (top - 1 - (misalign - distances)) // ALIGNMENT
+    np.add.at(edges, np.minimum(nearest, granules), 1)
+    np.add.at(edges, np.minimum(farthest + 1, granules), -1)
+    needed = np.flatnonzero(np.cumsum(edges)[:granules] > 0)
+    tiles, at = [], 0
     while at < len(needed):
-        begins.append(int(needed[at]))
+        tiles.append(top - ALIGNMENT * int(needed[at]) - block_kv)
         at = int(np.searchsorted(needed, needed[at] + block_kv // ALIGNMENT))
-    begins = np.array(begins, np.int64)
-    tiles = top - ALIGNMENT * begins - block_kv
-    for half in range(2 if split else 0):
-        total = np.pad(np.cumsum(covered(half * block_q // 2, block_q // 2)), (1, 0))
-        ends = np.minimum(begins + block_kv // ALIGNMENT, granules)
-        tiles |= np.where(total[ends] > total[begins], 0, 1 << half)
-    return tiles
+    return np.array(tiles, np.int64)
