@@ -38,25 +38,29 @@ class BlockSparseIndex:
         begin: int32 [batch, heads, num_q_blocks], first entry of the query tile.
         count: int32 [batch, heads, num_q_blocks], entries of the query tile.
         origin: int32 [batch, heads, num_q_blocks], added to each entry.
-        shift: int32 [batch, heads, num_q_blocks]: how many keys later the tiles of the second
-            half of the query tile's rows start; a multiple of ALIGNMENT, at most block_q / 2.
         columns: int32 [batch, heads, num_columns]; entries from column_count on are ignored.
         column_count: int32 [batch, heads].
         block_q: query rows of one tile (static).
         block_kv: keys of one tile (static).
-        staggered: whether `shift` may differ from 0 (static).
+        shift: int32 [batch, heads, num_q_blocks] or None: how many keys later the tiles of the
+            second half of the query tile's rows start; a multiple of ALIGNMENT, at most
+            block_q / 2, and block_q / 2 where the lists are of distances. None: none later.
     """
 
     entries: Int[Array, "batch heads capacity"]
     begin: Int[Array, "batch heads num_q_blocks"]
     count: Int[Array, "batch heads num_q_blocks"]
     origin: Int[Array, "batch heads num_q_blocks"]
-    shift: Int[Array, "batch heads num_q_blocks"]
     columns: Int[Array, "batch heads num_columns"]
     column_count: Int[Array, "batch heads"]
     block_q: int = dataclasses.field(metadata={"static": True})
     block_kv: int = dataclasses.field(metadata={"static": True})
-    staggered: bool = dataclasses.field(default=False, metadata={"static": True})
+    shift: Int[Array, "batch heads num_q_blocks"] | None = None
+
+    @property
+    def staggered(self) -> bool:
+        """Whether the two halves of a query tile's rows may visit different keys."""
+        return self.shift is not None
 
     @property
     def halves(self) -> int:
@@ -67,6 +71,10 @@ class BlockSparseIndex:
     def stage_rows(self) -> int:
         """Keys from the first to the last that any row of a query tile sees of a tile."""
         return self.block_kv + (self.block_q // 2 if self.staggered else 0)
+
+    def later(self) -> Int[Array, "batch heads num_q_blocks"]:
+        """The shift, 0 where there is none."""
+        return jnp.zeros_like(self.origin) if self.shift is None else self.shift
 
     def density(
         self,
@@ -122,7 +130,7 @@ class BlockSparseIndex:
 
         over_heads = jax.vmap(one_head, in_axes=(0, 0, 0, 0, 0, 0, 0, None))
         return jax.vmap(over_heads)(
-            self.entries, self.begin, self.count, self.origin, self.shift, self.columns,
+            self.entries, self.begin, self.count, self.origin, self.later(), self.columns,
             self.column_count, lengths,
         )  # fmt: skip
 
@@ -163,7 +171,7 @@ class BlockSparseIndex:
 
         over_heads = jax.vmap(one_head, in_axes=(0, 0, 0, 0, 0, 0, 0, None))
         return jax.vmap(over_heads)(
-            self.entries, self.begin, self.count, self.origin, self.shift, self.columns,
+            self.entries, self.begin, self.count, self.origin, self.later(), self.columns,
             self.column_count, lengths,
         )  # fmt: skip
 

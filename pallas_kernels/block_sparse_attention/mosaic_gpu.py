@@ -34,11 +34,12 @@ _HEAD_DIMS = (64, 96, 128, 256)
 _BLOCK_KVS = (64, 128, 192)
 
 
-def unsupported(q: Array, k: Array, index: BlockSparseIndex) -> str | None:
+def unsupported(q: Array, k: Array, v: Array, index: BlockSparseIndex) -> str | None:
     """Why this kernel cannot serve these arrays, None if it can."""
     head_dim = q.shape[3]
-    if q.dtype not in (jnp.bfloat16, jnp.float16) or k.dtype != q.dtype:
-        return f"needs bfloat16 or float16 q, k and v of one type, got {q.dtype} and {k.dtype}"
+    dtypes = {x.dtype.name for x in (q, k, v)}
+    if len(dtypes) > 1 or not dtypes <= {"bfloat16", "float16"}:
+        return f"needs q, k and v all bfloat16 or all float16, got {sorted(dtypes)}"
     if head_dim not in _HEAD_DIMS:
         return f"needs head_dim in {_HEAD_DIMS}, got {head_dim}"
     if index.block_q != _BLOCK_Q:
@@ -139,7 +140,18 @@ def _launch(q, k, v, index, plan: Plan, columns, config: Config, interpret):
 
 
 def _kernel(
-    q_ref, k_ref, v_ref, entries_ref, lists_ref, *rest, scratch, config, kv_heads, group, block_kv, staggered
+    q_ref,
+    k_ref,
+    v_ref,
+    entries_ref,
+    lists_ref,
+    *rest,
+    scratch,
+    config,
+    kv_heads,
+    group,
+    block_kv,
+    staggered,
 ):
     *column_refs, out_ref, lse_ref = rest
     kv = lax.axis_index("kv")

@@ -35,7 +35,7 @@ def make_plan(
     padded = round_up(num_columns, index.block_kv)
     ids = jnp.pad(index.columns, ((0, 0), (0, 0), (0, padded - num_columns)))
 
-    def one_head(lists, ids, length):
+    def one_head(lists, shift, ids, length):
         first_row = q_offset + jnp.arange(lists.begin.shape[0]) * index.block_q
         capacity = lists.entries.shape[0]
         begin = jnp.clip(lists.begin, 0, lists.entries.shape[0] - 1)
@@ -43,24 +43,25 @@ def make_plan(
         after = lambda key: tiles_after(lists.entries, begin, lists.count, lists.origin, key)
         # Tiles that begin before key 0 go last in the list, those at the diagonal first.
         tail = lists.count - after(jnp.full_like(begin, -1))
-        front = after(jnp.minimum(first_row + 1, length - lists.shift) - index.block_kv)
+        front = after(jnp.minimum(first_row + 1, length - shift) - index.block_kv)
         # At least one tile goes first: a masked one, or one that lies after every key.
         front = jnp.maximum(jnp.minimum(front, lists.count - tail), (tail == 0).astype(jnp.int32))
         full = everything = jnp.zeros_like(front)
         bits = jnp.zeros((begin.shape[0], 0), jnp.int32)
         if padded:
-            bits, full, everything = _see_columns(lists, ids, length, first_row)
+            bits, full, everything = _see_columns(lists, shift, ids, length, first_row)
         fields = (
-            begin, lists.count, lists.origin, lists.shift, front, tail, first_row, length, full,
+            begin, lists.count, lists.origin, shift, front, tail, first_row, length, full,
             everything,
         )  # fmt: skip
         return jnp.stack([jnp.broadcast_to(x, begin.shape) for x in fields], axis=-1), bits
 
-    lists, bits = jax.vmap(jax.vmap(one_head, in_axes=(0, 0, None)))(index, ids, lengths)
+    over_heads = jax.vmap(one_head, in_axes=(0, 0, 0, None))
+    lists, bits = jax.vmap(over_heads)(index, index.later(), ids, lengths)
     return Plan(lists, ids, bits)
 
 
-def _see_columns(lists, ids, length, first_row):
+def _see_columns(lists, shift, ids, length, first_row):
     """Bits of the columns that each query tile of a head sees, and its tiles of columns."""
     column = jnp.arange(ids.shape[0])
 
@@ -78,7 +79,7 @@ def _see_columns(lists, ids, length, first_row):
         return bits, end, early
 
     bits, end, early = jax.vmap(one_tile)(
-        lists.begin, lists.count, lists.origin, lists.shift, first_row
+        lists.begin, lists.count, lists.origin, shift, first_row
     )
     everything = -(-end // lists.block_kv)
     full = jnp.where(end <= early, everything, jnp.minimum(early // lists.block_kv, everything))

@@ -51,7 +51,14 @@ def vertical_slash_index(
     columns = [_columns(rng, kv_len, vertical) for _ in range(heads)]
     distances = [_distances(rng, kv_len, slash, spread) for _ in range(heads)]
     return lines_index(
-        columns, distances, batch, q_len, kv_len, block_q=block_q, block_kv=block_kv, staggered=staggered
+        columns,
+        distances,
+        batch,
+        q_len,
+        kv_len,
+        block_q=block_q,
+        block_kv=block_kv,
+        staggered=staggered,
     )
 
 
@@ -67,7 +74,9 @@ def block_sparse_index(
     count = np.zeros((heads, rows), np.int32)
     for row in range(rows):
         first = kv_len - q_len + row * block_q
-        own = np.arange(first // block_kv, min(cdiv(first + block_q, block_kv), cdiv(kv_len, block_kv)))
+        own = np.arange(
+            first // block_kv, min(cdiv(first + block_q, block_kv), cdiv(kv_len, block_kv))
+        )
         others = min(max(blocks - len(own), 0), int(own[0]))
         for head in range(heads):
             far = rng.choice(own[0], others, replace=False) if others else np.zeros(0, int)
@@ -81,7 +90,6 @@ def block_sparse_index(
         begin=jnp.asarray(begin, jnp.int32),
         count=_batched(count, batch),
         origin=jnp.zeros(shape, jnp.int32),
-        shift=jnp.zeros(shape, jnp.int32),
         columns=jnp.zeros((batch, heads, 0), jnp.int32),
         column_count=jnp.zeros((batch, heads), jnp.int32),
         block_q=block_q,
@@ -103,7 +111,9 @@ def lines_index(
     for chosen in distances:
         key = chosen.tobytes()
         if key not in cut:
-            cut[key] = _cut(chosen, misalign, kv_len, block_q // 2 if staggered else block_q, block_kv)
+            cut[key] = _cut(
+                chosen, misalign, kv_len, block_q // 2 if staggered else block_q, block_kv
+            )
         lists.append(cut[key])
     capacity = max(max(map(len, lists)), 1)
     entries = np.full((len(lists), capacity), NO_TILE, np.int32)
@@ -121,12 +131,11 @@ def lines_index(
         begin=jnp.zeros(shape, jnp.int32),
         count=_batched(count, batch),
         origin=jnp.asarray(np.broadcast_to(origin, shape), jnp.int32),
-        shift=jnp.full(shape, shift, jnp.int32),
         columns=_batched(padded, batch),
         column_count=_batched(np.array([len(x) for x in columns]), batch),
         block_q=block_q,
         block_kv=block_kv,
-        staggered=staggered,
+        shift=jnp.full(shape, shift, jnp.int32) if staggered else None,
     )
 
 
@@ -145,7 +154,11 @@ def _distances(rng, kv_len, size, spread: Spread):
         return np.arange(size)
     near = min(size, _NEAR) if spread == "scattered" else size // 2
     run = 1 if spread == "scattered" else 10
-    starts = rng.choice(max((kv_len - near) // run, 1), min(cdiv(size - near, run), (kv_len - near) // run), replace=False)
+    starts = rng.choice(
+        max((kv_len - near) // run, 1),
+        min(cdiv(size - near, run), (kv_len - near) // run),
+        replace=False,
+    )
     far = (near + starts[:, None] * run + np.arange(run)[None, :]).reshape(-1)[: size - near]
     return np.concatenate([np.arange(near), far])
 

@@ -36,18 +36,22 @@ def block_sparse_attention(
     k, v = (jnp.pad(x.astype(jnp.float32).transpose(0, 2, 1, 3), pad) for x in (k, v))
     row, head = jnp.divmod(jnp.arange(batch * heads), heads)
 
+    later = index.later()
+
     def one_head(args):
         q, row, head = args
         lists = jax.tree.map(lambda x: x[row, head], index)
         kv_head = head // (heads // kv_heads)
-        return _one_head(q, k[row, kv_head], v[row, kv_head], lists, lengths[row], q_offset)
+        return _one_head(
+            q, k[row, kv_head], v[row, kv_head], lists, later[row, head], lengths[row], q_offset
+        )
 
     out, lse = jax.lax.map(one_head, (q, row, head))
     out = out.reshape(batch, heads, padded, head_dim).transpose(0, 2, 1, 3)[:, :q_len]
     return out, lse.reshape(batch, heads, padded)[:, :, :q_len]
 
 
-def _one_head(q, k, v, lists, length, q_offset):
+def _one_head(q, k, v, lists, shift, length, q_offset):
     """One head: q [num_q_blocks, block_q, head_dim], k and v padded by a stage at both ends."""
     num_q_blocks, block_q, head_dim = q.shape
     block_kv, stage = lists.block_kv, lists.stage_rows
@@ -95,9 +99,7 @@ def _one_head(q, k, v, lists, length, q_offset):
             return online_softmax.step(state, jnp.dot(q, keys.T), visible, values)
 
         covered = jax.vmap(
-            lambda origin: covered_columns(
-                lists.entries, begin, count, origin, columns, block_kv
-            )
+            lambda origin: covered_columns(lists.entries, begin, count, origin, columns, block_kv)
         )(origin + jnp.arange(lists.halves) * shift)
         allowed = ((columns >= 0) & (columns < length))[None, :] & ~covered
 
@@ -118,6 +120,6 @@ def _one_head(q, k, v, lists, length, q_offset):
         return online_softmax.finish(state)
 
     out, lse = jax.lax.map(
-        one_tile, (q, jnp.arange(num_q_blocks), lists.begin, lists.count, lists.origin, lists.shift)
+        one_tile, (q, jnp.arange(num_q_blocks), lists.begin, lists.count, lists.origin, shift)
     )
     return out.reshape(num_q_blocks * block_q, head_dim), lse.reshape(num_q_blocks * block_q)
