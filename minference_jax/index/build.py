@@ -135,20 +135,18 @@ def dense_index(
 
 def _line_lists(patterns, q, k, lengths, q_offset, last_q, blocks):
     """Columns, their counts, and the tiles of the chosen distances, for every head."""
-    batch, _, heads, _ = q.shape
     kv_len = k.shape[1]
 
     def estimate():
-        return lines.last_query_scores(q, k, lengths=lengths, q_offset=q_offset, last_q=last_q)
+        scores = lines.last_query_scores(q, k, lengths=lengths, q_offset=q_offset, last_q=last_q)
+        return lines.choose_lines(*scores, patterns, lengths=lengths)
 
-    def nothing():
-        zeros = jnp.zeros((batch, heads, kv_len), jnp.float32)
-        return zeros, zeros
+    def take_first():
+        return lines.forced_lines(patterns, kv_len, lengths=lengths)
 
     # Layers without vertical-slash heads skip the estimation at run time.
     searched = jnp.any(patterns.kind == Kind.VERTICAL_SLASH)
-    vertical, slash = jax.lax.cond(searched, estimate, nothing)
-    vertical, distances = lines.choose_lines(vertical, slash, patterns, lengths=lengths)
+    vertical, distances = jax.lax.cond(searched, estimate, take_first)
     key = jnp.arange(kv_len, dtype=jnp.int32)
 
     def one_head(vertical, distances):

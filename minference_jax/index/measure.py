@@ -1,8 +1,9 @@
-"""Times the pieces of index building on the default device: `python -m minference_jax.index.measure`.
+"""Times the pieces of index building: `python -m minference_jax.index.measure`.
 
-One layer of Llama-3-8B's shape. Each piece is a program of its own, so their sum is a little more
-than the whole. A time is that of `repeats` calls queued back to back, divided by their number (the
-median of three such rounds): the device's time, or the host's where dispatch takes longer.
+On the default device, for one layer of Llama-3-8B's shape. Each piece is a program of its own, so
+their sum is a little more than the whole. A time is that of `repeats` calls queued back to back,
+divided by their number (the median of three such rounds): the device's time, or the host's where
+dispatch takes longer.
 """
 
 import argparse
@@ -10,6 +11,7 @@ import functools
 import json
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +26,7 @@ from pallas_kernels.line_scores import line_scores
 HEADS, KV_HEADS, HEAD_DIM, LAST_Q = 32, 8, 128, 64
 
 
-def milliseconds(call: Callable, *arrays: Array, repeats: int = 10) -> float:
+def milliseconds(call: Callable, *arrays: Any, repeats: int = 10) -> float:
     """Time of one call, by queueing `repeats` of them, after a warm-up that compiles."""
     jax.block_until_ready(call(*arrays))
     rounds = []

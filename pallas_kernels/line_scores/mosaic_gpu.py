@@ -40,11 +40,11 @@ _SHARED_MEMORY = 232_448 - 2_048
 def unsupported(q: Array, k: Array) -> str | None:
     """Why these arrays cannot be served; None if they can."""
     if q.dtype not in (jnp.bfloat16, jnp.float16) or k.dtype != q.dtype:
-        return f"it needs bfloat16 or float16, got {q.dtype} and {k.dtype}"
+        return f"needs bfloat16 or float16, got {q.dtype} and {k.dtype}"
     if q.shape[3] not in (64, 96, 128, 256):
-        return f"it needs head_dim 64, 96, 128 or 256, got {q.shape[3]}"
+        return f"needs head_dim 64, 96, 128 or 256, got {q.shape[3]}"
     if q.shape[1] > ROWS:
-        return f"it takes at most {ROWS} queries, got {q.shape[1]}"
+        return f"takes at most {ROWS} queries, got {q.shape[1]}"
     return None
 
 
@@ -54,7 +54,6 @@ def line_scores(
     *,
     first: Int[Array, " batch"],
     lengths: Int[Array, " batch"],
-    interpret: object = None,
 ) -> tuple[Float[Array, "batch heads kv_len"], Float[Array, "batch heads kv_len"]]:
     """Column sums and diagonal sums; memory is one float for each head, key and sum."""
     batch, last_q, heads, _ = q.shape
@@ -66,10 +65,10 @@ def line_scores(
     if kv_len % 8:
         k = jnp.pad(k, ((0, 0), (0, -kv_len % 8), (0, 0), (0, 0)))
     first = first.astype(jnp.int32)
-    m, l = _statistics(q, k, first, interpret)
+    m, l = _statistics(q, k, first)
     m, l = _combine(m, l)
     lse = jnp.where(real[:, None, :] & (l > 0.0), m + jnp.log2(jnp.maximum(l, 1e-30)), jnp.inf)
-    vertical, diagonal = _sums(q, k, first, lse, interpret)
+    vertical, diagonal = _sums(q, k, first, lse)
     vertical = vertical.reshape(batch, heads, -1)[:, :, :kv_len]
     return vertical, _by_distance(diagonal, first, kv_len)
 
@@ -112,7 +111,7 @@ def _warpgroups(group: int, head_dim: int) -> int:
     return 2 if group % 2 == 0 and head_dim <= 128 else 1
 
 
-def _launch(body, q, k, out_type, scratch, tile, name, operands, interpret):
+def _launch(body, q, k, out_type, scratch, tile, name, operands):
     """Runs `body` for every (key/value head, chunk, part of its query heads)."""
     batch, _, heads, head_dim = q.shape
     kv_heads = k.shape[2]
@@ -145,7 +144,6 @@ def _launch(body, q, k, out_type, scratch, tile, name, operands, interpret):
             lowering_semantics=plgpu.LoweringSemantics.Lane,
         ),
         kernel_name=name,
-        **({} if interpret is None else {"interpret": interpret}),
     )  # fmt: skip
     return kernel(q, k, *operands)
 
@@ -223,13 +221,13 @@ def _product(a, b, shape, release):
     return out
 
 
-def _statistics(q, k, first, interpret):
+def _statistics(q, k, first):
     """Maxima and normalisers of each chunk, log2 units: two [batch, heads, chunks, 64]."""
     shape = (q.shape[0], q.shape[2], cdiv(k.shape[1], _CHUNK), ROWS)
     return _launch(
         _statistics_kernel, q, k, [jax.ShapeDtypeStruct(shape, jnp.float32)] * 2,
-        lambda workers: dict(out_smem=plgpu.SMEM((workers, 2, ROWS), jnp.float32)),
-        _STATISTICS_TILE, "line_scores_statistics", (first,), interpret,
+        lambda workers: {"out_smem": plgpu.SMEM((workers, 2, ROWS), jnp.float32)},
+        _STATISTICS_TILE, "line_scores_statistics", (first,),
     )  # fmt: skip
 
 
@@ -243,14 +241,12 @@ def _statistics_kernel(q_ref, k_ref, first_ref, m_ref, l_ref, *, out_smem, scale
         def visit(n, keys, release, carry, masked):
             m, l = carry
             s = _product(stream["q_smem"].at[wg], keys, shape, release)
-            visible = None
+            see = lambda x, otherwise: x
             if masked:
                 visible = iota(1) - iota(0) <= first - n * stream["tile"]
-                s = jnp.where(visible, s, MASK_VALUE)
-            m_new = jnp.maximum(m, s.max(axis=1) * scale)
-            p = jnp.exp2(s * scale - lax.broadcast_in_dim(m_new, shape, [0]))
-            if masked:
-                p = jnp.where(visible, p, 0.0)
+                see = lambda x, otherwise: jnp.where(visible, x, otherwise)
+            m_new = jnp.maximum(m, see(s, MASK_VALUE).max(axis=1) * scale)
+            p = see(jnp.exp2(s * scale - lax.broadcast_in_dim(m_new, shape, [0])), 0.0)
             return m_new, l * jnp.exp2(m - m_new) + p.sum(axis=1)
 
         full = lambda value: plgpu.layout_cast(jnp.full((ROWS,), value, jnp.float32), _ROW)
@@ -265,18 +261,18 @@ def _statistics_kernel(q_ref, k_ref, first_ref, m_ref, l_ref, *, out_smem, scale
     _stream(q_ref, k_ref, first_ref, consume, **stream)
 
 
-def _sums(q, k, first, lse, interpret):
+def _sums(q, k, first, lse):
     """Column sums [batch, heads, chunks, _CHUNK] and diagonal sums, 64 more for each chunk."""
     batch, _, heads, _ = q.shape
     shape = (batch, heads, cdiv(k.shape[1], _CHUNK))
     tiles = _CHUNK // _SUMS_TILE
 
     def scratch(workers):
-        return dict(
-            weight_smem=plgpu.SMEM((workers, _SUMS_TILE, _PITCH), jnp.float32),
-            vertical_smem=plgpu.SMEM((workers, tiles, _SUMS_TILE), jnp.float32),
-            diagonal_smem=plgpu.SMEM((workers, _CHUNK + 128), jnp.float32),
-        )
+        return {
+            "weight_smem": plgpu.SMEM((workers, _SUMS_TILE, _PITCH), jnp.float32),
+            "vertical_smem": plgpu.SMEM((workers, tiles, _SUMS_TILE), jnp.float32),
+            "diagonal_smem": plgpu.SMEM((workers, _CHUNK + 128), jnp.float32),
+        }
 
     vertical, diagonal = _launch(
         _sums_kernel, q, k,
@@ -284,7 +280,7 @@ def _sums(q, k, first, lse, interpret):
             jax.ShapeDtypeStruct((*shape, tiles, _SUMS_TILE), jnp.float32),
             jax.ShapeDtypeStruct((*shape, _CHUNK + 128), jnp.float32),
         ],
-        scratch, _SUMS_TILE, "line_scores_sums", (first, lse), interpret,
+        scratch, _SUMS_TILE, "line_scores_sums", (first, lse),
     )  # fmt: skip
     return vertical, diagonal[..., : _CHUNK + _SUMS_TILE]
 
