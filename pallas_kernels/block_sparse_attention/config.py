@@ -37,10 +37,9 @@ def shared_memory(head_dim: int, stage_rows: int, stages: int) -> int:
     return queries + 2 * stages * stage_rows * row + round_up(COMPUTE_WARPGROUPS * ROWS * 4, 1024)
 
 
-def default_config(head_dim: int, block_kv: int, stage_rows: int) -> Config | None:
+def default_config(head_dim: int, stage_rows: int) -> Config | None:
     """The measured best for these shapes (README.md), None where two stages do not fit."""
-    in_registers = head_dim <= 128 and block_kv <= 128
     for stages in (4, 3, 2):
         if shared_memory(head_dim, stage_rows, stages) <= _SHARED_MEMORY:
-            return Config(stages=stages, queries_in_registers=in_registers)
+            return Config(stages=stages, queries_in_registers=head_dim <= 128)
     return None

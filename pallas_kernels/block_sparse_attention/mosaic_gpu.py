@@ -31,7 +31,7 @@ _PER_KEY = plgpu.Layout.WGMMA.reduce(0)
 
 _BLOCK_Q = COMPUTE_WARPGROUPS * ROWS
 _HEAD_DIMS = (64, 96, 128, 256)
-_BLOCK_KVS = (64, 128, 192)
+_BLOCK_KVS = (64, 128)
 
 
 def unsupported(q: Array, k: Array, v: Array, index: BlockSparseIndex) -> str | None:
@@ -46,7 +46,7 @@ def unsupported(q: Array, k: Array, v: Array, index: BlockSparseIndex) -> str | 
         return f"needs block_q {_BLOCK_Q}, got {index.block_q}"
     if index.block_kv not in _BLOCK_KVS:
         return f"needs block_kv in {_BLOCK_KVS}, got {index.block_kv}"
-    if default_config(head_dim, index.block_kv, index.stage_rows) is None:
+    if default_config(head_dim, index.stage_rows) is None:
         return f"block_kv {index.block_kv} does not fit shared memory at head_dim {head_dim}"
     return None
 
@@ -64,7 +64,7 @@ def block_sparse_attention(
 ) -> tuple[Float[Array, "batch q_len heads head_dim"], Float[Array, "batch heads q_len"]]:
     """Output in q's dtype and natural-log log-sum-exp; see `unsupported` for what it serves."""
     q_len = q.shape[1]
-    config = config or default_config(q.shape[3], index.block_kv, index.stage_rows)
+    config = config or default_config(q.shape[3], index.stage_rows)
     # The bulk copies see rows in groups of 8; they fill rows past the end with zeros.
     q, k, v = (_pad_rows(x) for x in (q, k, v))
     plan = make_plan(index, lengths=lengths, q_offset=q_offset)
@@ -204,7 +204,7 @@ class _Work:
 
     @property
     def masked(self):
-        """Items that need a mask: tiles at the diagonal or the end, and one that begins before 0."""
+        """Items that need a mask: tiles at the diagonal, at the end, and that begin before 0."""
         return self.front + self.tail
 
     @property
@@ -235,13 +235,17 @@ class _Work:
     def iota(self, axis):
         return plgpu.broadcasted_iota(jnp.int32, (ROWS, self.block_kv), axis, layout=_WGMMA)
 
+    def rows(self, warpgroup):
+        """Positions of a warpgroup's rows."""
+        row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=_PER_ROW)
+        return row + (self.first_row + warpgroup * ROWS)
+
     def sees_tile(self, n, warpgroup):
         """Mask of a key tile."""
         first, _ = self.window(n, warpgroup)
         end = self.start(n) + warpgroup * self.shift + self.block_kv
-        keys = jnp.minimum(end, self.length) - first
-        row = self.first_row + warpgroup * ROWS
-        return (self.iota(1) < keys) & (self.iota(1) - self.iota(0) <= row - first)
+        keys = jnp.minimum(jnp.minimum(end, self.length), self.rows(warpgroup) + 1) - first
+        return self.iota(1) < lax.broadcast_in_dim(keys, (ROWS, self.block_kv), [0])
 
     def sees_columns(self, n, warpgroup):
         """Mask of a tile of columns before every row: one bit each."""
@@ -254,7 +258,10 @@ class _Work:
         for i in range(1, words):
             word = jnp.where(self.iota(1) < 32 * i, word, bits[i])
         word = plgpu.layout_cast(word, _WGMMA)
-        return lax.shift_right_logical(word, self.iota(1) & 31) & 1 == 1
+        # A thread's columns differ in other bits than 1 and 2: one shift by these serves them all.
+        column = self.iota(1)
+        shared = lax.shift_right_logical(word, column & 6)
+        return lax.shift_right_logical(shared, column & 25) & 1 == 1
 
     def sees_late_columns(self, n, warpgroup):
         """Mask of a tile of columns some of which lie after some rows."""
@@ -262,8 +269,8 @@ class _Work:
         ids = self.column_ids.at[self.batch, self.head, at]
         ids = plgpu.load(ids, layout=_PER_KEY, optimized=False)
         ids = lax.broadcast_in_dim(ids, (ROWS, self.block_kv), [1])
-        row = self.first_row + warpgroup * ROWS
-        return self.sees_columns(n, warpgroup) & (ids - self.iota(0) <= row)
+        rows = lax.broadcast_in_dim(self.rows(warpgroup), (ROWS, self.block_kv), [0])
+        return self.sees_columns(n, warpgroup) & (ids <= rows)
 
 
 def _produce(work: _Work, scratch: _Scratch, config: Config, kv_head, k_ref, v_ref, column_refs):
@@ -332,9 +339,9 @@ def _compute(
 class _Visit:
     """The online softmax of one warpgroup.
 
-    The state between items is (acc, m, l, p, row): p are the weights of the last item, whose product
-    with its values (from `row` of their stage on) is still to come. It runs beside the scores of the next item, so the tensor
-    cores work while the softmax does.
+    The state between items is (acc, m, l, p, row): p are the weights of the last item, whose
+    product with its values (from `row` of their stage on) is still to come. It runs beside the
+    scores of the next item, so the tensor cores work while the softmax does.
     """
 
     work: _Work

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from pallas_kernels.block_sparse_attention.index import (
     BlockSparseIndex,
@@ -37,7 +37,6 @@ def make_plan(
 
     def one_head(lists, shift, ids, length):
         first_row = q_offset + jnp.arange(lists.begin.shape[0]) * index.block_q
-        capacity = lists.entries.shape[0]
         begin = jnp.clip(lists.begin, 0, lists.entries.shape[0] - 1)
         lists = dataclasses.replace(lists, begin=begin)
         after = lambda key: tiles_after(lists.entries, begin, lists.count, lists.origin, key)
@@ -78,9 +77,7 @@ def _see_columns(lists, shift, ids, length, first_row):
         early = jnp.sum((column < lists.column_count) & (ids <= first_row))
         return bits, end, early
 
-    bits, end, early = jax.vmap(one_tile)(
-        lists.begin, lists.count, lists.origin, shift, first_row
-    )
+    bits, end, early = jax.vmap(one_tile)(lists.begin, lists.count, lists.origin, shift, first_row)
     everything = -(-end // lists.block_kv)
     full = jnp.where(end <= early, everything, jnp.minimum(early // lists.block_kv, everything))
     return bits, full.astype(jnp.int32), everything.astype(jnp.int32)
@@ -91,7 +88,7 @@ def gather_columns(k, v, index: BlockSparseIndex):
     heads, num_columns = index.columns.shape[1:]
     kv_heads = k.shape[2]
     padded = round_up(num_columns, index.block_kv)
-    used = jnp.arange(num_columns) < index.column_count[..., None]
+    used = jnp.arange(num_columns)[None, None, :] < index.column_count[..., None]
     rows = jnp.where(used, jnp.clip(index.columns, 0, k.shape[1] - 1), 0)
     rows = jnp.pad(rows, ((0, 0), (0, 0), (0, padded - num_columns)))
     kv_head = jnp.arange(heads) // (heads // kv_heads)
