@@ -1,7 +1,7 @@
 """Attention callables: sparse by pattern, and dense through the same kernel."""
 
 import dataclasses
-from typing import Any, Literal, NamedTuple, Self, no_type_check
+from typing import Any, NamedTuple, Self, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +10,8 @@ from jaxtyping import Array, Float, Int
 from minference_jax.index import build_index, dense_index
 from minference_jax.patterns import HeadPatterns, VerticalSlash
 from pallas_kernels import BlockSparseIndex, block_sparse_attention
+from pallas_kernels.block_sparse_attention.api import Implementation
 from pallas_kernels.common.checks import check_attention_shapes, check_lengths
-
-Implementation = Literal["xla", "reference"]
 
 # Queries that vertical-slash heads estimate from (paper, Algorithm 2).
 LAST_Q = 64
@@ -32,6 +31,8 @@ class SparseAttention:
         block_q: query rows of a tile (static).
         block_kv: keys of a tile (static).
         implementation: which kernel runs; None chooses one for the default device (static).
+        dense_above: a head that would execute more than this many times the key tiles of dense
+            attention runs densely; None keeps every list (static).
     """
 
     patterns: HeadPatterns
@@ -40,6 +41,7 @@ class SparseAttention:
     implementation: Implementation | None = dataclasses.field(
         default=None, metadata={"static": True}
     )
+    dense_above: float | None = dataclasses.field(default=1.0, metadata={"static": True})
 
     def layer(self, number: int) -> Self:
         """The attention of one layer."""
@@ -87,6 +89,7 @@ class SparseAttention:
         index = build_index(
             jax.tree.map(jnp.asarray, self.patterns), q, k, lengths=lengths, q_offset=q_offset,
             block_q=self.block_q, block_kv=self.block_kv, last_q=LAST_Q,
+            dense_above=self.dense_above,
         )  # fmt: skip
         out = block_sparse_attention(
             q, k, v, index, lengths=lengths, q_offset=q_offset, implementation=self.implementation

@@ -11,7 +11,7 @@ from pallas_kernels.block_sparse_attention.index import NO_TILE
 from pallas_kernels.common.tiling import cdiv, round_up
 
 # Query tiles scored at a time: bounds the score matrix to this many rows for each head.
-_ROWS_PER_STEP = 64
+_ROWS_PER_STEP = 256
 
 
 def tiles_per_row(num_blocks: int, kv_len: int, block_q: int, block_kv: int) -> int:
@@ -73,17 +73,34 @@ def _one_head(q, k, budget, length, *, q_offset, block_q, block_kv, max_tiles):
         own = tile_start + block_kv > first
         scores = jnp.where(own, jnp.inf, scores)
         scores = jnp.where(tile_start <= last, scores, -jnp.inf)
-        values, tile = jax.lax.top_k(scores, max_tiles)
-        wanted = jnp.maximum(budget, jnp.sum(own & (tile_start <= last)))
-        use = (jnp.arange(max_tiles) < wanted) & (values > -jnp.inf) & (first < length)
+        mine = own & (tile_start <= last)
+        visible = jnp.sum(scores > -jnp.inf)
+        wanted = jnp.minimum(jnp.maximum(budget, jnp.sum(mine)), jnp.minimum(visible, max_tiles))
+        wanted = jnp.where(first < length, wanted, 0)
+        tile = _largest(scores, wanted, max_tiles)
+        use = jnp.arange(max_tiles) < wanted
         starts = jnp.sort(jnp.where(use, tile * block_kv, NO_TILE), descending=True)
-        return starts, jnp.sum(use).astype(jnp.int32)
+        return starts, wanted.astype(jnp.int32)
 
     starts, count = jax.lax.map(
         lambda args: jax.vmap(choose)(*args),
         (q_mean.reshape(-1, step, q.shape[1]), first.reshape(-1, step)),
     )
     return starts.reshape(-1, max_tiles)[:rows], count.reshape(-1)[:rows]
+
+
+def _largest(scores, k, capacity):
+    """Positions of the k largest scores, then others: [capacity]; ties go to the lower position.
+
+    An unstable top-k needs no sort on a GPU, but names any of several equal scores. Its values are
+    certain, so the k-th of them says which positions are in; a second top-k lists these, by keys
+    that are all different.
+    """
+    kth = jax.lax.top_k(scores, capacity, is_stable=False)[0][jnp.maximum(k - 1, 0)]
+    size = scores.shape[0]
+    key = jnp.arange(size, 0, -1).astype(jnp.float32)
+    key = jnp.where(scores > kth, key + size, jnp.where(scores == kth, key, 0.0))
+    return jax.lax.top_k(key, capacity, is_stable=False)[1]
 
 
 def _block_means(x, block, length):

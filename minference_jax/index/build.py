@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from minference_jax.index import block_sparse, lines, tiles
+from minference_jax.index import block_sparse, fallback, lines, tiles
 from minference_jax.index.select import compact
 from minference_jax.patterns import HeadPatterns, Kind
 from pallas_kernels.block_sparse_attention.index import (
@@ -25,6 +25,7 @@ def build_index(
     block_q: int,
     block_kv: int,
     last_q: int,
+    dense_above: float | None = None,
 ) -> BlockSparseIndex:
     """Estimates the sparse index of every head of one layer; jittable, O(N) memory for each head.
 
@@ -40,6 +41,8 @@ def build_index(
         block_q: query rows of a tile.
         block_kv: keys of a tile.
         last_q: queries that vertical-slash heads estimate from.
+        dense_above: a head that would execute more than this many times the tiles of dense
+            attention becomes dense (see `fallback`); None keeps every list as it is.
 
     Returns:
         The index, for `pallas_kernels.block_sparse_attention`.
@@ -50,21 +53,21 @@ def build_index(
     blocks = {"block_q": block_q, "block_kv": block_kv}
     columns, column_count, near = _line_lists(patterns, q, k, lengths, q_offset, last_q, blocks)
     everything = tiles.tiles_of_everything(kv_len, q_offset % ALIGNMENT, **blocks)
-    everything = jnp.broadcast_to(everything, near.shape)
 
     rows = num_q_blocks(q_len, block_q)
     first = q_offset + jnp.arange(rows) * block_q
     origin = first // ALIGNMENT * ALIGNMENT
     real = first[None, None, :] < lengths[:, None, None]
-    reach = jax.vmap(jax.vmap(lambda e: tiles.count_reaching(e, origin, block_kv)))
+    reach = lambda entries: tiles.count_reaching(entries, origin, block_kv)
+    dense_count = reach(everything)[None, None, :]
     kind, last_size = (x[None, :, None] for x in (patterns.kind, patterns.last_size))
     reaches_end = (first + block_q)[None, None, :] > lengths[:, None, None] - last_size
     dense = (kind == Kind.DENSE) | ((kind == Kind.TRI_SHAPE) & (last_size > 0) & reaches_end)
     capacity = near.shape[2]
     begin = jnp.where(dense, capacity, 0)
-    count = jnp.where(dense, reach(everything), reach(near))
+    count = jnp.where(dense, dense_count, jax.vmap(jax.vmap(reach))(near))
     origin = jnp.broadcast_to(origin, begin.shape)
-    entries = [near, everything]
+    entries = [near, jnp.broadcast_to(everything, near.shape)]
 
     if patterns.max_blocks > 0:
         listed, listed_count = _block_lists(patterns, q, k, lengths, q_offset, blocks)
@@ -73,11 +76,23 @@ def build_index(
         begin = jnp.where(is_block, 2 * capacity + jnp.arange(rows) * listed.shape[3], begin)
         count = jnp.where(is_block, listed_count, count)
         origin = jnp.where(is_block, 0, origin)
+    count = jnp.where(real, count, 0)
+
+    if dense_above is not None:
+        executed = fallback.executed_tiles(
+            count, columns, column_count, first + block_q - 1, block_kv
+        )
+        above = fallback.heads_above(executed, dense_count, dense_above)
+        column_count = jnp.where(above, 0, column_count)
+        above = above[:, :, None]
+        begin = jnp.where(above, capacity, begin)
+        count = jnp.where(above & real, dense_count, count)
+        origin = jnp.where(above, first // ALIGNMENT * ALIGNMENT, origin)
 
     return BlockSparseIndex(
         entries=jnp.concatenate(entries, axis=2),
         begin=begin.astype(jnp.int32),
-        count=jnp.where(real, count, 0).astype(jnp.int32),
+        count=count.astype(jnp.int32),
         origin=origin.astype(jnp.int32),
         columns=columns,
         column_count=column_count,
@@ -120,20 +135,18 @@ def dense_index(
 
 def _line_lists(patterns, q, k, lengths, q_offset, last_q, blocks):
     """Columns, their counts, and the tiles of the chosen distances, for every head."""
-    batch, _, heads, _ = q.shape
     kv_len = k.shape[1]
 
     def estimate():
-        return lines.last_query_scores(q, k, lengths=lengths, q_offset=q_offset, last_q=last_q)
+        scores = lines.last_query_scores(q, k, lengths=lengths, q_offset=q_offset, last_q=last_q)
+        return lines.choose_lines(*scores, patterns, lengths=lengths)
 
-    def nothing():
-        zeros = jnp.zeros((batch, heads, kv_len), jnp.float32)
-        return zeros, zeros
+    def take_first():
+        return lines.forced_lines(patterns, kv_len, lengths=lengths)
 
     # Layers without vertical-slash heads skip the estimation at run time.
     searched = jnp.any(patterns.kind == Kind.VERTICAL_SLASH)
-    vertical, slash = jax.lax.cond(searched, estimate, nothing)
-    vertical, distances = lines.choose_lines(vertical, slash, patterns, lengths=lengths)
+    vertical, distances = jax.lax.cond(searched, estimate, take_first)
     key = jnp.arange(kv_len, dtype=jnp.int32)
 
     def one_head(vertical, distances):

@@ -102,4 +102,5 @@ def count_reaching(
     entries: Int[Array, " capacity"], origin: Int[Array, " num_q_blocks"], block_kv: int
 ) -> Int[Array, " num_q_blocks"]:
     """How many leading tiles of a shared list hold a key at or after key 0."""
-    return jnp.searchsorted(-entries, origin + block_kv, side="left").astype(jnp.int32)
+    reached = jnp.searchsorted(-entries, origin + block_kv, side="left", method="scan_unrolled")
+    return reached.astype(jnp.int32)

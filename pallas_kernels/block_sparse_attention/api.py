@@ -4,7 +4,7 @@ from typing import Literal, overload
 
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.block_sparse_attention import reference, xla
+from pallas_kernels.block_sparse_attention import mosaic_gpu, reference, xla
 from pallas_kernels.block_sparse_attention.index import (
     ALIGNMENT,
     BlockSparseIndex,
@@ -12,8 +12,10 @@ from pallas_kernels.block_sparse_attention.index import (
     resolve_lengths,
 )
 from pallas_kernels.common.checks import check_attention_shapes, check_lengths
+from pallas_kernels.common.dispatch import choose
+from pallas_kernels.common.environment import not_hopper
 
-Implementation = Literal["xla", "reference"]
+Implementation = Literal["mosaic_gpu", "xla", "reference"]
 
 
 @overload
@@ -70,7 +72,8 @@ def block_sparse_attention(
         index: what each query tile visits; its arrays may be traced.
         lengths: real keys of each batch row, kv_len if None.
         q_offset: position of the first query among the keys, kv_len - q_len if None.
-        implementation: which implementation runs; None chooses one for the default device.
+        implementation: which implementation runs; None takes the first of "mosaic_gpu" (Hopper),
+            "xla" that can serve, and logs the choice once.
         return_residuals: also return the log-sum-exp of the scaled scores, float32.
 
     Returns:
@@ -78,7 +81,9 @@ def block_sparse_attention(
         log-sum-exp [batch, heads, q_len] (-inf for such a row).
 
     Raises:
-        ValueError: shapes disagree, or the index is not one for these shapes.
+        ValueError: shapes disagree, the index is not one for these shapes, or no implementation
+            has that name.
+        NotImplementedError: the implementation asked for cannot serve this call; says why.
     """
     check_attention_shapes(q, k, v)
     batch, q_len, heads, _ = q.shape
@@ -96,12 +101,12 @@ def block_sparse_attention(
         )
     check_lengths(lengths, batch, kv_len)
     lengths, q_offset = resolve_lengths(batch, q_len, kv_len, lengths, q_offset)
-    implementations = {"xla": xla, "reference": reference}
-    if implementation is not None and implementation not in implementations:
-        raise ValueError(
-            f"unknown implementation {implementation!r}; expected one of {list(implementations)}"
-        )
-    run = implementations[implementation or "xla"].block_sparse_attention
-    out, lse = run(q, k, v, index, lengths=lengths, q_offset=q_offset)
+    candidates = {
+        "mosaic_gpu": (mosaic_gpu, not_hopper() or mosaic_gpu.unsupported(q, k, v, index)),
+        "xla": (xla, None),
+        "reference": (reference, None),
+    }
+    run = choose("block_sparse_attention", implementation, candidates)
+    out, lse = run.block_sparse_attention(q, k, v, index, lengths=lengths, q_offset=q_offset)
     out = out.astype(q.dtype)
     return (out, lse) if return_residuals else out

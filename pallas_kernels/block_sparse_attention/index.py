@@ -42,6 +42,9 @@ class BlockSparseIndex:
         column_count: int32 [batch, heads].
         block_q: query rows of one tile (static).
         block_kv: keys of one tile (static).
+        shift: int32 [batch, heads, num_q_blocks] or None: how many keys later the tiles of the
+            second half of the query tile's rows start; a multiple of ALIGNMENT, at most
+            block_q / 2, and block_q / 2 where the lists are of distances. None: none later.
     """
 
     entries: Int[Array, "batch heads capacity"]
@@ -52,6 +55,26 @@ class BlockSparseIndex:
     column_count: Int[Array, "batch heads"]
     block_q: int = dataclasses.field(metadata={"static": True})
     block_kv: int = dataclasses.field(metadata={"static": True})
+    shift: Int[Array, "batch heads num_q_blocks"] | None = None
+
+    @property
+    def staggered(self) -> bool:
+        """Whether the two halves of a query tile's rows may visit different keys."""
+        return self.shift is not None
+
+    @property
+    def halves(self) -> int:
+        """Parts of a query tile's rows whose tiles may differ."""
+        return 2 if self.staggered else 1
+
+    @property
+    def stage_rows(self) -> int:
+        """Keys from the first to the last that any row of a query tile sees of a tile."""
+        return self.block_kv + (self.block_q // 2 if self.staggered else 0)
+
+    def later(self) -> Int[Array, "batch heads num_q_blocks"]:
+        """The shift, 0 where there is none."""
+        return jnp.zeros_like(self.origin) if self.shift is None else self.shift
 
     def density(
         self,
@@ -77,33 +100,38 @@ class BlockSparseIndex:
         batch = self.entries.shape[0]
         lengths, q_offset = resolve_lengths(batch, q_len, kv_len, lengths, q_offset)
 
-        def one_head(entries, begin, count, origin, columns, column_count, length):
-            def one_tile(tile):
-                number, begin, count, origin = tile
-                first = q_offset + number * self.block_q
-                rows = jnp.clip(jnp.minimum(length, q_offset + q_len) - first, 0, self.block_q)
+        part = self.block_q // self.halves
+
+        def one_head(entries, begin, count, origin, shift, columns, column_count, length):
+            def one_part(half, number, begin, count, origin, shift):
+                origin = origin + half * shift
+                first = q_offset + number * self.block_q + half * part
+                rows = jnp.clip(jnp.minimum(length, q_offset + q_len) - first, 0, part)
                 slot = jnp.arange(entries.shape[0])
                 start = origin + entries
                 low = jnp.maximum(start, 0)
-                width = jnp.where(
-                    (slot >= begin) & (slot < begin + count), start + self.block_kv - low, 0
-                )
+                used = (slot >= begin) & (slot < begin + count)
+                width = jnp.where(used, start + self.block_kv - low, 0)
                 tiles = _sum_clipped(first + 1 - low, rows, jnp.maximum(width, 0))
                 covered = covered_columns(entries, begin, count, origin, columns, self.block_kv)
                 use = (jnp.arange(columns.shape[0]) < column_count) & ~covered
                 singles = jnp.where(use, jnp.clip(first + rows - columns, 0, rows), 0)
                 causal = rows * first + rows * (rows + 1) // 2
-                visited = jnp.sum(tiles.astype(jnp.float32)) + jnp.sum(singles.astype(jnp.float32))
-                return visited, causal.astype(jnp.float32)
+                pairs = jnp.sum(tiles.astype(jnp.float32)) + jnp.sum(singles.astype(jnp.float32))
+                return pairs, causal.astype(jnp.float32)
+
+            def one_tile(tile):
+                parts = [one_part(half, *tile) for half in range(self.halves)]
+                return jax.tree.map(lambda *x: sum(x), *parts)
 
             number = jnp.arange(begin.shape[0])
-            visited, causal = jax.lax.map(one_tile, (number, begin, count, origin))
-            return jnp.sum(visited), jnp.sum(causal)
+            pairs, causal = jax.lax.map(one_tile, (number, begin, count, origin, shift))
+            return jnp.sum(pairs), jnp.sum(causal)
 
-        over_heads = jax.vmap(one_head, in_axes=(0, 0, 0, 0, 0, 0, None))
+        over_heads = jax.vmap(one_head, in_axes=(0, 0, 0, 0, 0, 0, 0, None))
         return jax.vmap(over_heads)(
-            self.entries, self.begin, self.count, self.origin, self.columns, self.column_count,
-            lengths,
+            self.entries, self.begin, self.count, self.origin, self.later(), self.columns,
+            self.column_count, lengths,
         )  # fmt: skip
 
     def to_mask(
@@ -119,29 +147,32 @@ class BlockSparseIndex:
         lengths, q_offset = resolve_lengths(batch, q_len, kv_len, lengths, q_offset)
         key = jnp.arange(kv_len)
 
-        def one_head(entries, begin, count, origin, columns, column_count, length):
-            def one_tile(tile):
-                begin, count, origin = tile
+        def one_head(entries, begin, count, origin, shift, columns, column_count, length):
+            def one_part(half, begin, count, origin, shift):
                 slot = jnp.arange(entries.shape[0])
                 used = (slot >= begin) & (slot < begin + count)
                 edges = jnp.zeros((kv_len + 1,), jnp.int32)
-                start = jnp.where(used, origin + entries, NO_TILE)
+                start = jnp.where(used, origin + half * shift + entries, NO_TILE)
                 edges = edges.at[jnp.clip(start, 0, kv_len)].add(1)
                 edges = edges.at[jnp.clip(start + self.block_kv, 0, kv_len)].add(-1)
                 return jnp.cumsum(edges)[:kv_len] > 0
 
-            tiles = jax.lax.map(one_tile, (begin, count, origin))
+            def one_tile(tile):
+                return jnp.stack([one_part(half, *tile) for half in range(self.halves)])
+
+            tiles = jax.lax.map(one_tile, (begin, count, origin, shift))
+            tiles = tiles.reshape(-1, kv_len)
             wanted = jnp.where(jnp.arange(columns.shape[0]) < column_count, columns, kv_len)
             single = jnp.zeros((kv_len,), bool).at[wanted].set(True, mode="drop")
-            rows = jnp.repeat(tiles | single[None, :], self.block_q, axis=0)[:q_len]
+            rows = jnp.repeat(tiles | single[None, :], self.block_q // self.halves, axis=0)[:q_len]
             position = q_offset + jnp.arange(q_len)
             causal = key[None, :] <= position[:, None]
             return rows & causal & (key < length)[None, :]
 
-        over_heads = jax.vmap(one_head, in_axes=(0, 0, 0, 0, 0, 0, None))
+        over_heads = jax.vmap(one_head, in_axes=(0, 0, 0, 0, 0, 0, 0, None))
         return jax.vmap(over_heads)(
-            self.entries, self.begin, self.count, self.origin, self.columns, self.column_count,
-            lengths,
+            self.entries, self.begin, self.count, self.origin, self.later(), self.columns,
+            self.column_count, lengths,
         )  # fmt: skip
 
 
@@ -168,17 +199,29 @@ def covered_columns(
     block_kv: int,
 ) -> Bool[Array, " num_columns"]:
     """Which columns lie inside a tile of one head's query tile, by binary search."""
+    after = tiles_after(entries, begin, count, origin, columns)
+    at = jnp.minimum(begin + after, entries.shape[0] - 1)
+    return (after < count) & (columns < origin + entries[at] + block_kv)
+
+
+def tiles_after(
+    entries: Int[Array, " capacity"],
+    begin: Int[Array, " *#shape"],
+    count: Int[Array, " *#shape"],
+    origin: Int[Array, " *#shape"],
+    key: Int[Array, " *#shape"],
+) -> Int[Array, " *#shape"]:
+    """How many tiles of a query tile start after a key, by binary search (starts descend)."""
     capacity = entries.shape[0]
-    low = jnp.zeros(columns.shape, jnp.int32)
-    high = jnp.broadcast_to(count, columns.shape).astype(jnp.int32)
-    # low converges to the number of tiles that start after the column (starts descend).
+    shape = jnp.broadcast_shapes(jnp.shape(begin), jnp.shape(key))
+    low = jnp.zeros(shape, jnp.int32)
+    high = jnp.broadcast_to(count, shape).astype(jnp.int32)
     for _ in range(capacity.bit_length()):
         middle = (low + high) // 2
-        after = origin + entries[jnp.minimum(begin + middle, capacity - 1)] > columns
+        after = origin + entries[jnp.minimum(begin + middle, capacity - 1)] > key
         low = jnp.where((low < high) & after, middle + 1, low)
         high = jnp.where(after, high, middle)
-    start = origin + entries[jnp.minimum(begin + low, capacity - 1)]
-    return (low < count) & (columns < start + block_kv)
+    return low
 
 
 def validate(index: BlockSparseIndex) -> None:

@@ -4,9 +4,11 @@ from typing import Literal
 
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.line_scores import reference, xla
+from pallas_kernels.common.dispatch import choose
+from pallas_kernels.common.environment import not_hopper
+from pallas_kernels.line_scores import mosaic_gpu, reference, xla
 
-Implementation = Literal["xla", "reference"]
+Implementation = Literal["mosaic_gpu", "xla", "reference"]
 
 
 def line_scores(
@@ -27,20 +29,22 @@ def line_scores(
         k: all keys; kv_heads divides heads.
         first: position of q's first row.
         lengths: real keys of each batch row; queries at or beyond it weigh nothing.
-        implementation: which implementation runs; None chooses one for the default device.
+        implementation: which implementation runs; None takes the first of "mosaic_gpu" (Hopper),
+            "xla" that can serve, and logs the choice once.
 
     Returns:
         `vertical` and `slash`, float32 [batch, heads, kv_len]; slash is indexed by distance.
 
     Raises:
-        ValueError: heads is not a multiple of kv_heads, or the implementation is unknown.
+        ValueError: heads is not a multiple of kv_heads, or no implementation has that name.
+        NotImplementedError: the implementation asked for cannot serve this call; says why.
     """
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"`q` heads ({q.shape[2]}) must be a multiple of `k` heads ({k.shape[2]})")
-    implementations = {"xla": xla, "reference": reference}
-    if implementation is not None and implementation not in implementations:
-        raise ValueError(
-            f"unknown implementation {implementation!r}; expected one of {list(implementations)}"
-        )
-    run = implementations[implementation or "xla"].line_scores
-    return run(q, k, first=first, lengths=lengths)
+    candidates = {
+        "mosaic_gpu": (mosaic_gpu, not_hopper() or mosaic_gpu.unsupported(q, k)),
+        "xla": (xla, None),
+        "reference": (reference, None),
+    }
+    run = choose("line_scores", implementation, candidates)
+    return run.line_scores(q, k, first=first, lengths=lengths)

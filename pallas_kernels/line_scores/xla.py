@@ -37,14 +37,17 @@ def _one_head(q, k, first, length, chunk):
     """Q [last_q, head_dim], k [padded, head_dim]: sums by column and by distance, both [padded]."""
     last_q, head_dim = q.shape
     padded = k.shape[0]
-    q = q * (head_dim**-0.5 * LOG2E)
+    scale = head_dim**-0.5 * LOG2E
+    # 16-bit inputs are exact in the short float that a GPU multiplies by default; float32 is not.
+    precision = "highest" if k.dtype == jnp.float32 else "default"
     position = first + jnp.arange(last_q)
 
     def scores(start):
         keys = jax.lax.dynamic_slice_in_dim(k, start, chunk).astype(jnp.float32)
         key = start + jnp.arange(chunk)
         visible = (key[None, :] <= position[:, None]) & (position < length)[:, None]
-        return jnp.where(visible, jnp.dot(q, keys.T), MASK_VALUE), visible
+        products = jnp.dot(q, keys.T, precision=precision)
+        return jnp.where(visible, products * scale, MASK_VALUE), visible
 
     def statistics(state, start):
         m, l = state

@@ -1,0 +1,28 @@
+"""What the default device is, for choosing implementations."""
+
+import jax
+
+
+def default_device() -> str:
+    """Kind of the device that computations run on unless placed elsewhere."""
+    return _device().device_kind
+
+
+def not_hopper() -> str | None:
+    """Why Hopper's kernels cannot run on the default device, None if they can."""
+    device = _device()
+    if device.platform != "gpu":
+        return f"needs a GPU of compute capability 9.0, the default device is {device.device_kind}"
+    if device.compute_capability != "9.0":
+        return (
+            "needs a GPU of compute capability 9.0, the default device "
+            f"({device.device_kind}) has {device.compute_capability}"
+        )
+    return None
+
+
+def _device() -> jax.Device:
+    chosen = jax.config.jax_default_device
+    if chosen is None:
+        return jax.local_devices()[0]
+    return jax.local_devices(backend=chosen)[0] if isinstance(chosen, str) else chosen
