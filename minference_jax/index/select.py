@@ -1,7 +1,6 @@
 """Selection of the largest scores under a budget that is data, and compaction of masks.
 
-Both count before they look: a pass over n numbers is cheap on a GPU, while a sort, a scan or a
-scatter of n numbers is not.
+Both count before they look: on a GPU a pass over n numbers is cheaper than a sort of them.
 """
 
 import jax
@@ -58,9 +57,16 @@ def top_k_mask(scores: Float[Array, " n"], k: Int[Array, ""]) -> Bool[Array, " n
 def compact(
     values: Int[Array, " n"], mask: Bool[Array, " n"], size: int, fill: int
 ) -> Int[Array, " size"]:
-    """The marked values in order, in an array of static size; the rest is `fill`."""
-    at = _nth_marked(mask, jnp.arange(size))
+    """The marked values in order, in an array of static size; the rest is `fill`.
+
+    A search reads a block of marks for each slot; where that is more than all marks, a scatter is
+    the shorter way.
+    """
     n = values.shape[0]
+    if size * _BLOCK > n:
+        at = jnp.where(mask, jnp.cumsum(mask) - 1, size)
+        return jnp.full((size,), fill, jnp.int32).at[at].set(values, mode="drop")
+    at = _nth_marked(mask, jnp.arange(size))
     return jnp.where(at < n, values[jnp.minimum(at, n - 1)], fill)
 
 

@@ -34,7 +34,6 @@ _SUMS_TILE = 64
 # at a time fall into different banks.
 _MARGIN = 64
 _PITCH = 200
-_SHARED_MEMORY = 232_448 - 2_048
 
 
 def unsupported(q: Array, k: Array) -> str | None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import minference_jax as mj
-from minference_jax.index.select import top_k_mask
+from minference_jax.index.select import compact, top_k_mask
 from minference_jax.index.tiles import tiles_of_distances
 from pallas_kernels.block_sparse_attention.index import validate
 from tests.core import brute_force
@@ -158,6 +158,31 @@ def test_top_k_mask_takes_the_largest_and_breaks_ties_by_position(scores, k):
     want = np.zeros(24, bool)
     want[order[:k]] = True
     np.testing.assert_array_equal(jax.jit(top_k_mask)(jnp.asarray(scores), jnp.int32(k)), want)
+
+
+@pytest.mark.parametrize(("n", "size"), [(1, 1), (130, 64), (700, 5), (1000, 7), (1024, 8)])
+@pytest.mark.parametrize("share", [0.0, 0.004, 0.5, 1.0])
+def test_compact_keeps_the_marked_values_in_order(n, size, share):
+    mask = np.random.default_rng(n).random(n) < share
+    want = np.full(size, -7)
+    kept = np.flatnonzero(mask)[:size] * 3
+    want[: len(kept)] = kept
+    got = compact(jnp.arange(n, dtype=jnp.int32) * 3, jnp.asarray(mask), size, -7)
+    np.testing.assert_array_equal(got, want)
+
+
+def test_block_sparse_breaks_ties_by_position():
+    shape = (256, 256, 32, 32)
+    zeros = jnp.zeros((1, 256, 2, 16))
+    layer = mj.HeadPatterns.from_grid([[mj.BlockSparse(num_blocks=2)] * 2], max_blocks=4)
+    layer = jax.tree.map(lambda x: x[0], layer)
+    mask = masker(shape)(layer, zeros, zeros, jnp.array([256]))[1]
+    want = np.zeros((256, 256), bool)
+    for tile in range(8):
+        rows = slice(32 * tile, 32 * tile + 32)
+        want[rows, 32 * tile : 32 * tile + 32] = True
+        want[rows, :96] = True
+    np.testing.assert_array_equal(mask[0, 0], want & causal_mask(256, 256))
 
 
 def test_bigger_budgets_visit_more():
