@@ -7,6 +7,7 @@ from pallas_kernels.common.tiling import round_up
 # Query rows of one warpgroup (the M of wgmma), and warpgroups that compute.
 ROWS = 64
 COMPUTE_WARPGROUPS = 2
+BLOCK_Q = ROWS * COMPUTE_WARPGROUPS
 
 # Shared memory of one block on compute capability 9.0, less what barriers and alignment take.
 _SHARED_MEMORY = 232_448 - 2_048
@@ -33,8 +34,8 @@ class Config:
 def shared_memory(head_dim: int, stage_rows: int, stages: int) -> int:
     """Bytes of shared memory of one block (16-bit elements)."""
     row = 2 * head_dim
-    queries = COMPUTE_WARPGROUPS * ROWS * row
-    return queries + 2 * stages * stage_rows * row + round_up(COMPUTE_WARPGROUPS * ROWS * 4, 1024)
+    queries = BLOCK_Q * row
+    return queries + 2 * stages * stage_rows * row + round_up(BLOCK_Q * 4, 1024)
 
 
 def default_config(head_dim: int, stage_rows: int) -> Config | None:

@@ -197,9 +197,10 @@ def covered_columns(
     origin: Int[Array, ""],
     columns: Int[Array, " num_columns"],
     block_kv: int,
+    steps: Int[Array, ""] | None = None,
 ) -> Bool[Array, " num_columns"]:
-    """Which columns lie inside a tile of one head's query tile, by binary search."""
-    after = tiles_after(entries, begin, count, origin, columns)
+    """Which columns lie inside a tile of one head's query tile; see `tiles_after` for `steps`."""
+    after = tiles_after(entries, begin, count, origin, columns, steps)
     at = jnp.minimum(begin + after, entries.shape[0] - 1)
     return (after < count) & (columns < origin + entries[at] + block_kv)
 
@@ -210,18 +211,26 @@ def tiles_after(
     count: Int[Array, " *#shape"],
     origin: Int[Array, " *#shape"],
     key: Int[Array, " *#shape"],
+    steps: Int[Array, ""] | None = None,
 ) -> Int[Array, " *#shape"]:
-    """How many tiles of a query tile start after a key, by binary search (starts descend)."""
+    """How many tiles of a query tile start after a key, by binary search (starts descend).
+
+    `steps` is the number of bits of the largest count; None assumes that of the capacity.
+    """
     capacity = entries.shape[0]
     shape = jnp.broadcast_shapes(jnp.shape(begin), jnp.shape(key))
-    low = jnp.zeros(shape, jnp.int32)
-    high = jnp.broadcast_to(count, shape).astype(jnp.int32)
-    for _ in range(capacity.bit_length()):
-        middle = (low + high) // 2
-        after = origin + entries[jnp.minimum(begin + middle, capacity - 1)] > key
-        low = jnp.where((low < high) & after, middle + 1, low)
-        high = jnp.where(after, high, middle)
-    return low
+
+    def refine(bit, found):
+        more = found + jnp.left_shift(1, bit)
+        start = origin + entries[jnp.clip(begin + more - 1, 0, capacity - 1)]
+        return jnp.where((more <= count) & (start > key), more, found)
+
+    found = jnp.zeros(shape, jnp.int32)
+    if steps is None:
+        for bit in reversed(range(capacity.bit_length())):
+            found = refine(bit, found)
+        return found
+    return jax.lax.fori_loop(0, steps, lambda i, found: refine(steps - 1 - i, found), found)
 
 
 def validate(index: BlockSparseIndex) -> None:

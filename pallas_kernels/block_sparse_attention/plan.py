@@ -18,6 +18,9 @@ from pallas_kernels.common.tiling import round_up
 # begin, count, origin, shift, front, tail, first_row, length, columns_full, columns_all.
 FIELDS = 10
 
+# (query tile, column) pairs worked on at a time.
+_ELEMENTS = 2**24
+
 
 class Plan(NamedTuple):
     """Scalars of every query tile, and which gathered columns it sees."""
@@ -31,55 +34,75 @@ def make_plan(
     index: BlockSparseIndex, *, lengths: Int[Array, " batch"], q_offset: Int[Array, ""]
 ) -> Plan:
     """Splits each list into masked and full tiles and marks the columns each query tile sees."""
-    num_columns = index.columns.shape[2]
-    padded = round_up(num_columns, index.block_kv)
-    ids = jnp.pad(index.columns, ((0, 0), (0, 0), (0, padded - num_columns)))
+    first_row = q_offset + jnp.arange(index.begin.shape[2]) * index.block_q
+    begin = jnp.clip(index.begin, 0, index.entries.shape[2] - 1)
+    index = dataclasses.replace(index, begin=begin)
 
-    def one_head(lists, shift, ids, length):
-        first_row = q_offset + jnp.arange(lists.begin.shape[0]) * index.block_q
-        begin = jnp.clip(lists.begin, 0, lists.entries.shape[0] - 1)
-        lists = dataclasses.replace(lists, begin=begin)
-        after = lambda key: tiles_after(lists.entries, begin, lists.count, lists.origin, key)
-        # Tiles that begin before key 0 go last in the list, those at the diagonal first.
-        tail = lists.count - after(jnp.full_like(begin, -1))
+    def one_head(lists, shift, length):
+        after = lambda key: tiles_after(lists.entries, lists.begin, lists.count, lists.origin, key)
+        # Tiles that begin before key 0 are last in the list, those at the diagonal first.
+        tail = lists.count - after(jnp.full_like(lists.begin, -1))
         front = after(jnp.minimum(first_row + 1, length - shift) - index.block_kv)
-        # At least one tile goes first: a masked one, or one that lies after every key.
+        # At least one item is masked; for an empty list it is a tile after every key.
         front = jnp.maximum(jnp.minimum(front, lists.count - tail), (tail == 0).astype(jnp.int32))
-        full = everything = jnp.zeros_like(front)
-        bits = jnp.zeros((begin.shape[0], 0), jnp.int32)
-        if padded:
-            bits, full, everything = _see_columns(lists, shift, ids, length, first_row)
-        fields = (
-            begin, lists.count, lists.origin, shift, front, tail, first_row, length, full,
-            everything,
-        )  # fmt: skip
-        return jnp.stack([jnp.broadcast_to(x, begin.shape) for x in fields], axis=-1), bits
+        return front, tail
 
-    over_heads = jax.vmap(one_head, in_axes=(0, 0, 0, None))
-    lists, bits = jax.vmap(over_heads)(index, index.later(), ids, lengths)
-    return Plan(lists, ids, bits)
+    over_heads = jax.vmap(one_head, in_axes=(0, 0, None))
+    front, tail = jax.vmap(over_heads)(index, index.later(), lengths)
+    num_columns = index.columns.shape[2]
+    padding = round_up(num_columns, index.block_kv) - num_columns
+    ids = jnp.pad(index.columns, ((0, 0), (0, 0), (0, padding)))
+    if num_columns:
+        bits, full, everything = _see_columns(index, ids, lengths, first_row)
+    else:
+        bits, full, everything = (
+            jnp.zeros((*begin.shape, 0), jnp.int32),
+            *(jnp.zeros_like(begin),) * 2,
+        )
+    fields = (
+        begin, index.count, index.origin, index.later(), front, tail, first_row[None, None],
+        lengths[:, None, None], full, everything,
+    )  # fmt: skip
+    return Plan(jnp.stack([jnp.broadcast_to(x, begin.shape) for x in fields], axis=-1), ids, bits)
 
 
-def _see_columns(lists, shift, ids, length, first_row):
-    """Bits of the columns that each query tile of a head sees, and its tiles of columns."""
-    column = jnp.arange(ids.shape[0])
+def _see_columns(index, ids, lengths, first_row):
+    """Bits of the columns that each query tile sees, and its tiles of columns: early ones, all."""
+    block_q, block_kv, halves = index.block_q, index.block_kv, index.halves
+    column = jnp.arange(ids.shape[2])
+    steps = 32 - jax.lax.clz(jnp.max(index.count))
 
-    def one_tile(begin, count, origin, shift, first_row):
-        real = (column < lists.column_count) & (ids < length) & (ids < first_row + lists.block_q)
-        covered = [
-            covered_columns(lists.entries, begin, count, origin + half * shift, ids, lists.block_kv)
-            for half in range(lists.halves)
+    def one_tile(first_row, begin, count, origin, shift, entries, ids, column_count, length):
+        named = column < column_count
+        real = named & (ids < length) & (ids < first_row + block_q)
+        uses = [
+            real & ~covered_columns(entries, begin, count, origin + h * shift, ids, block_kv, steps)
+            for h in range(halves)
         ]
-        uses = [real & ~x for x in covered]
         shifted = [jnp.left_shift(use.astype(jnp.int32), column % 32) for use in uses]
         bits = jnp.concatenate([jnp.sum(x.reshape(-1, 32), axis=1) for x in shifted])
         end = jnp.max(jnp.where(functools.reduce(jnp.logical_or, uses), column + 1, 0))
-        early = jnp.sum((column < lists.column_count) & (ids <= first_row))
-        return bits, end, early
+        return bits, end, jnp.sum(named & (ids <= first_row))
 
-    bits, end, early = jax.vmap(one_tile)(lists.begin, lists.count, lists.origin, shift, first_row)
-    everything = -(-end // lists.block_kv)
-    full = jnp.where(end <= early, everything, jnp.minimum(early // lists.block_kv, everything))
+    over_heads = jax.vmap(one_tile, in_axes=(None, 0, 0, 0, 0, 0, 0, 0, None))
+    over_batch = jax.vmap(over_heads, in_axes=(None, 0, 0, 0, 0, 0, 0, 0, 0))
+    lists = (index.begin, index.count, index.origin, index.later())
+
+    def see(tile):
+        first_row, begin, count, origin, shift = tile
+        return over_batch(
+            first_row, begin, count, origin, shift, index.entries, ids, index.column_count, lengths
+        )
+
+    # Some query tiles at a time, so that memory does not grow with rows times columns.
+    bits, end, early = jax.lax.map(
+        see,
+        (first_row, *(jnp.moveaxis(x, 2, 0) for x in lists)),
+        batch_size=max(1, _ELEMENTS // ids.size),
+    )
+    bits, end, early = (jnp.moveaxis(x, 0, 2) for x in (bits, end, early))
+    everything = -(-end // block_kv)
+    full = jnp.where(end <= early, everything, jnp.minimum(early // block_kv, everything))
     return bits, full.astype(jnp.int32), everything.astype(jnp.int32)
 
 

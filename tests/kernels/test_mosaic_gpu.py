@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 
 from pallas_kernels import block_sparse_attention
-from pallas_kernels.block_sparse_attention import mosaic_gpu, reference, workloads
+from pallas_kernels.block_sparse_attention import (
+    mosaic_gpu,
+    mosaic_gpu_kernel,
+    reference,
+    workloads,
+    xla,
+)
 from pallas_kernels.block_sparse_attention.plan import make_plan
 from pallas_kernels.common import dispatch
 from tests.kernels.attention_cases import CASES, Case, mixed_index
@@ -95,12 +101,12 @@ def _is_free_barrier(ref):
 def test_interpreter_catches_a_missing_wait(forgotten, monkeypatch, capfd):
     """The check above can fail: without one kind of wait it finds races or misused barriers."""
     q, k, v, index, lengths, q_offset = _SMALL[0].build()
-    wait = mosaic_gpu.plgpu.barrier_wait
+    wait = mosaic_gpu_kernel.plgpu.barrier_wait
     if forgotten == "keys-arrived":
-        monkeypatch.setattr(mosaic_gpu._Visit, "wait_keys", lambda self, n: None)
+        monkeypatch.setattr(mosaic_gpu_kernel.Visit, "wait_keys", lambda self, n: None)
     else:
         monkeypatch.setattr(
-            mosaic_gpu.plgpu, "barrier_wait", lambda ref: _is_free_barrier(ref) or wait(ref)
+            mosaic_gpu_kernel.plgpu, "barrier_wait", lambda ref: _is_free_barrier(ref) or wait(ref)
         )
     caught = False
     with interpreted() as races_found:
@@ -130,6 +136,39 @@ def test_plan_leaves_no_masked_pair_in_full_tiles(case):
         assert np.all(start >= 0)
         assert np.all(start + index.block_kv <= first_row[where] + 1)
         assert np.all(start + shift[where] + index.block_kv <= length[where])
+
+
+def _visited(index, q_len, kv_len):
+    """The index's definition, key by key."""
+    mask = np.zeros((*index.begin.shape[:2], q_len, kv_len), bool)
+    arrays = (index.entries, index.begin, index.count, index.origin, index.later())
+    entries, begin, count, origin, shift = map(np.asarray, arrays)
+    columns, column_count = np.asarray(index.columns), np.asarray(index.column_count)
+    for b, h, row in np.ndindex(*mask.shape[:3]):
+        tile, within = divmod(row, index.block_q)
+        at = origin[b, h, tile] + (within >= index.block_q // 2) * shift[b, h, tile]
+        for j in range(count[b, h, tile]):
+            start = at + entries[b, h, begin[b, h, tile] + j]
+            mask[b, h, row, max(start, 0) : max(start + index.block_kv, 0)] = True
+        mask[b, h, row, columns[b, h, : column_count[b, h]]] = True
+        mask[b, h, row, kv_len - q_len + row + 1 :] = False
+    return mask
+
+
+@pytest.mark.parametrize("options", [{}, {"staggered": True}], ids=["plain", "staggered"])
+def test_index_mask_counts_and_xla_agree_with_the_definition(options):
+    case = Case(
+        name="definition", index=mixed_index, options=options, q_len=300, kv_len=520, head_dim=16,
+        block_kv=64, dtype="float32",
+    )  # fmt: skip
+    q, k, v, index, lengths, q_offset = case.build()
+    mask = _visited(index, case.q_len, case.kv_len)
+    np.testing.assert_array_equal(index.to_mask(case.q_len, case.kv_len), mask)
+    pairs, _ = index.visited_pairs(case.q_len, case.kv_len)
+    np.testing.assert_array_equal(pairs, mask.sum((2, 3)))
+    run = lambda f: f.block_sparse_attention(q, k, v, index, lengths=lengths, q_offset=q_offset)
+    for got, expected in zip(run(xla), run(reference), strict=True):
+        np.testing.assert_allclose(got, expected, atol=2e-6)
 
 
 def test_automatic_choice_is_logged_once(caplog):
