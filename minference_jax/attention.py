@@ -11,6 +11,7 @@ from minference_jax.index import build_index, dense_index
 from minference_jax.patterns import HeadPatterns, VerticalSlash
 from pallas_kernels import BlockSparseIndex, block_sparse_attention
 from pallas_kernels.block_sparse_attention.api import Implementation
+from pallas_kernels.block_sparse_attention.index import ALIGNMENT
 from pallas_kernels.common.checks import check_attention_shapes, check_lengths
 
 # Queries that vertical-slash heads estimate from (paper, Algorithm 2).
@@ -33,6 +34,8 @@ class SparseAttention:
         implementation: which kernel runs; None chooses one for the default device (static).
         dense_above: a head that would execute more than this many times the key tiles of dense
             attention runs densely; None keeps every list (static).
+        stagger: cut the tiles of lines for half a query tile's rows; the second half visits them
+            `block_q / 2` keys later. Fewer keys are visited for the same lines (static).
     """
 
     patterns: HeadPatterns
@@ -42,6 +45,7 @@ class SparseAttention:
         default=None, metadata={"static": True}
     )
     dense_above: float | None = dataclasses.field(default=1.0, metadata={"static": True})
+    stagger: bool = dataclasses.field(default=True, metadata={"static": True})
 
     def layer(self, number: int) -> Self:
         """The attention of one layer."""
@@ -86,10 +90,14 @@ class SparseAttention:
             )
         if shape[0] != q.shape[2]:
             raise ValueError(f"the patterns are for {shape[0]} heads, but `q` has {q.shape[2]}")
+        if self.stagger and self.block_q % (2 * ALIGNMENT):
+            raise ValueError(
+                f"`stagger` needs `block_q` to be a multiple of {2 * ALIGNMENT}, got {self.block_q}"
+            )
         index = build_index(
             jax.tree.map(jnp.asarray, self.patterns), q, k, lengths=lengths, q_offset=q_offset,
             block_q=self.block_q, block_kv=self.block_kv, last_q=LAST_Q,
-            dense_above=self.dense_above,
+            dense_above=self.dense_above, stagger=self.stagger,
         )  # fmt: skip
         out = block_sparse_attention(
             q, k, v, index, lengths=lengths, q_offset=q_offset, implementation=self.implementation

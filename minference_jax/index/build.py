@@ -26,6 +26,7 @@ def build_index(
     block_kv: int,
     last_q: int,
     dense_above: float | None = None,
+    stagger: bool = False,
 ) -> BlockSparseIndex:
     """Estimates the sparse index of every head of one layer; jittable, O(N) memory for each head.
 
@@ -43,6 +44,8 @@ def build_index(
         last_q: queries that vertical-slash heads estimate from.
         dense_above: a head that would execute more than this many times the tiles of dense
             attention becomes dense (see `fallback`); None keeps every list as it is.
+        stagger: the tiles of lines start half a query tile later for the second half of its rows,
+            so that lines are cut for half as many rows and cover fewer keys.
 
     Returns:
         The index, for `pallas_kernels.block_sparse_attention`.
@@ -51,15 +54,17 @@ def build_index(
     kv_len = k.shape[1]
     lengths, q_offset = resolve_lengths(batch, q_len, kv_len, lengths, q_offset)
     blocks = {"block_q": block_q, "block_kv": block_kv}
-    columns, column_count, near = _line_lists(patterns, q, k, lengths, q_offset, last_q, blocks)
+    later = block_q // 2 if stagger else 0
+    run = {"block_q": block_q - later, "block_kv": block_kv}
+    columns, column_count, near = _line_lists(patterns, q, k, lengths, q_offset, last_q, run)
     everything = tiles.tiles_of_everything(kv_len, q_offset % ALIGNMENT, **blocks)
 
     rows = num_q_blocks(q_len, block_q)
     first = q_offset + jnp.arange(rows) * block_q
     origin = first // ALIGNMENT * ALIGNMENT
     real = first[None, None, :] < lengths[:, None, None]
-    reach = lambda entries: tiles.count_reaching(entries, origin, block_kv)
-    dense_count = reach(everything)[None, None, :]
+    reach = lambda entries: tiles.count_reaching(entries, origin + later, block_kv)
+    dense_count = tiles.count_reaching(everything, origin, block_kv)[None, None, :]
     kind, last_size = (x[None, :, None] for x in (patterns.kind, patterns.last_size))
     reaches_end = (first + block_q)[None, None, :] > lengths[:, None, None] - last_size
     dense = (kind == Kind.DENSE) | ((kind == Kind.TRI_SHAPE) & (last_size > 0) & reaches_end)
@@ -67,13 +72,16 @@ def build_index(
     begin = jnp.where(dense, capacity, 0)
     count = jnp.where(dense, dense_count, jax.vmap(jax.vmap(reach))(near))
     origin = jnp.broadcast_to(origin, begin.shape)
-    entries = [near, jnp.broadcast_to(everything, near.shape)]
+    shift = jnp.where(dense, 0, later)
+    entries = [near, jnp.broadcast_to(everything, (batch, heads, everything.shape[0]))]
+    blocks_at = capacity + everything.shape[0]
 
     if patterns.max_blocks > 0:
         listed, listed_count = _block_lists(patterns, q, k, lengths, q_offset, blocks)
         entries.append(listed.reshape(batch, heads, -1))
         is_block = kind == Kind.BLOCK_SPARSE
-        begin = jnp.where(is_block, 2 * capacity + jnp.arange(rows) * listed.shape[3], begin)
+        begin = jnp.where(is_block, blocks_at + jnp.arange(rows) * listed.shape[3], begin)
+        shift = jnp.where(is_block, 0, shift)
         count = jnp.where(is_block, listed_count, count)
         origin = jnp.where(is_block, 0, origin)
     count = jnp.where(real, count, 0)
@@ -88,6 +96,7 @@ def build_index(
         begin = jnp.where(above, capacity, begin)
         count = jnp.where(above & real, dense_count, count)
         origin = jnp.where(above, first // ALIGNMENT * ALIGNMENT, origin)
+        shift = jnp.where(above, 0, shift)
 
     return BlockSparseIndex(
         entries=jnp.concatenate(entries, axis=2),
@@ -96,6 +105,7 @@ def build_index(
         origin=origin.astype(jnp.int32),
         columns=columns,
         column_count=column_count,
+        shift=shift.astype(jnp.int32) if stagger else None,
         **blocks,
     )
 
@@ -133,8 +143,11 @@ def dense_index(
     )
 
 
-def _line_lists(patterns, q, k, lengths, q_offset, last_q, blocks):
-    """Columns, their counts, and the tiles of the chosen distances, for every head."""
+def _line_lists(patterns, q, k, lengths, q_offset, last_q, run):
+    """Columns, their counts, and the tiles of the chosen distances, for every head.
+
+    `run` holds `block_kv` and, as `block_q`, the rows that share one start of each tile.
+    """
     kv_len = k.shape[1]
 
     def estimate():
@@ -151,7 +164,7 @@ def _line_lists(patterns, q, k, lengths, q_offset, last_q, blocks):
 
     def one_head(vertical, distances):
         columns = compact(key, vertical, patterns.max_columns, kv_len)
-        entries = tiles.tiles_of_distances(distances, q_offset % ALIGNMENT, **blocks)
+        entries = tiles.tiles_of_distances(distances, q_offset % ALIGNMENT, **run)
         return columns, jnp.sum(vertical).astype(jnp.int32), entries
 
     return jax.vmap(jax.vmap(one_head))(vertical, distances)

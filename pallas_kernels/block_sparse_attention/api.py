@@ -4,7 +4,7 @@ from typing import Literal, overload
 
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.block_sparse_attention import mosaic_gpu, reference, xla
+from pallas_kernels.block_sparse_attention import mosaic_gpu, reference, triton, xla
 from pallas_kernels.block_sparse_attention.index import (
     ALIGNMENT,
     BlockSparseIndex,
@@ -15,7 +15,7 @@ from pallas_kernels.common.checks import check_attention_shapes, check_lengths
 from pallas_kernels.common.dispatch import choose
 from pallas_kernels.common.environment import not_hopper
 
-Implementation = Literal["mosaic_gpu", "xla", "reference"]
+Implementation = Literal["mosaic_gpu", "triton", "xla", "reference"]
 
 
 @overload
@@ -73,7 +73,8 @@ def block_sparse_attention(
         lengths: real keys of each batch row, kv_len if None.
         q_offset: position of the first query among the keys, kv_len - q_len if None.
         implementation: which implementation runs; None takes the first of "mosaic_gpu" (Hopper),
-            "xla" that can serve, and logs the choice once.
+            "triton" (other CUDA GPUs, needs jax-triton), "xla" that can serve, and logs the choice
+            once.
         return_residuals: also return the log-sum-exp of the scaled scores, float32.
 
     Returns:
@@ -103,6 +104,7 @@ def block_sparse_attention(
     lengths, q_offset = resolve_lengths(batch, q_len, kv_len, lengths, q_offset)
     candidates = {
         "mosaic_gpu": (mosaic_gpu, not_hopper() or mosaic_gpu.unsupported(q, k, v, index)),
+        "triton": (triton, triton.unsupported(q, k, v, index)),
         "xla": (xla, None),
         "reference": (reference, None),
     }

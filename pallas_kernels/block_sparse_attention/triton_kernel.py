@@ -5,9 +5,6 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 
-# Scalars of a query tile, in the order the kernel reads them: see `triton._schedule`.
-FIELDS = 9
-
 
 @triton.jit
 @no_type_check
@@ -18,15 +15,15 @@ def _start_of(entries_ptr, origin, at, part, BLOCK_N: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def _step(acc, m, l, q, keys, values, visible, scale, MASKED: tl.constexpr):
-    """Online softmax: adds BLOCK_N keys. `scale` turns scores into log2 units."""
+def _step(acc, m, l, q, keys, values, visible, SCALE: tl.constexpr, MASKED: tl.constexpr):
+    """Online softmax: adds BLOCK_N keys. SCALE turns scores into log2 units."""
     scores = tl.dot(q, keys)
     if MASKED:
         scores = tl.where(visible, scores, float("-inf"))
-    m_new = tl.maximum(m, tl.max(scores, 1) * scale)
+    m_new = tl.maximum(m, tl.max(scores, 1) * SCALE)
     # A row that has seen no key would otherwise subtract -inf from -inf.
     shift = tl.where(m_new == float("-inf"), 0.0, m_new) if MASKED else m_new
-    weights = tl.math.exp2(scores * scale - shift[:, None])
+    weights = tl.math.exp2(scores * SCALE - shift[:, None])
     alpha = tl.math.exp2(m - shift)
     l = l * alpha + tl.sum(weights, 1)
     acc = tl.dot(weights.to(values.dtype), values, acc * alpha[:, None])
@@ -53,7 +50,7 @@ def attention_kernel(
     padded_columns,
     out_ptr,  # [batch, q_len, heads, head_dim]
     lse_ptr,  # [batch, heads, q_len]
-    SCALE: tl.constexpr,
+    SCALE: tl.constexpr,  # with log2 e in it
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -70,7 +67,6 @@ def attention_kernel(
     ROW_PARTS: tl.constexpr = BLOCK_Q // BLOCK_M
     KEY_PARTS: tl.constexpr = BLOCK_KV // BLOCK_N
     KV_STRIDE: tl.constexpr = KV_HEADS * HEAD_DIM
-    scale = SCALE * 1.4426950408889634
 
     # Neighbours: the query heads of one key/value head, which share its keys in the cache. Then
     # query tiles from the last (of a causal list the longest) to the first.
@@ -93,8 +89,7 @@ def attention_kernel(
     tail = tl.load(fields + 4)
     first_row = tl.load(fields + 5)
     length = tl.load(fields + 6)
-    columns_full = tl.load(fields + 7)
-    columns_all = tl.load(fields + 8)
+    columns = tl.load(fields + 7)
 
     offs_m = tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
@@ -133,9 +128,9 @@ def attention_kernel(
         keys = tl.load(k_head + at + tile_k, mask=real[None, :] & in_dim[:, None], other=0.0)
         values = tl.load(v_head + at + tile_v, mask=real[:, None] & in_dim[None, :], other=0.0)
         visible = real[None, :] & (key[None, :] <= position[:, None])
-        acc, m, l = _step(acc, m, l, q, keys, values, visible, scale, True)
+        acc, m, l = _step(acc, m, l, q, keys, values, visible, SCALE, True)
 
-    # Tiles that every row sees whole. `real` of the row axis is all true.
+    # Tiles that every row sees whole.
     stop = (count - tail) * KEY_PARTS
     start = _start_of(entries, origin, tl.minimum(front, capacity - 1 - begin), 0, BLOCK_N)
     for i in range(front * KEY_PARTS, stop):
@@ -147,7 +142,7 @@ def attention_kernel(
         else:
             keys = tl.load(k_head + at + tile_k, mask=in_dim[:, None], other=0.0)
             values = tl.load(v_head + at + tile_v, mask=in_dim[None, :], other=0.0)
-        acc, m, l = _step(acc, m, l, q, keys, values, True, scale, False)
+        acc, m, l = _step(acc, m, l, q, keys, values, True, SCALE, False)
         start = _start_of(entries, origin, after // KEY_PARTS, after % KEY_PARTS, BLOCK_N)
 
     if HAS_COLUMNS:
@@ -157,7 +152,7 @@ def attention_kernel(
         bits = bits_ptr + (batch_head * tiles + tile) * (padded_columns // 32)
         column_k = offs_d[:, None] + offs_n[None, :] * HEAD_DIM
         column_v = offs_n[:, None] * HEAD_DIM + offs_d[None, :]
-        for i in range(0, columns_all * KEY_PARTS):
+        for i in range(0, tl.cdiv(columns, BLOCK_N)):
             slot = i * BLOCK_N + offs_n
             used = (tl.load(bits + slot // 32) >> (slot % 32)) & 1
             key = tl.load(ids + slot)
@@ -169,7 +164,7 @@ def attention_kernel(
                 keys = tl.load(k_columns + at + column_k, mask=in_dim[:, None], other=0.0)
                 values = tl.load(v_columns + at + column_v, mask=in_dim[None, :], other=0.0)
             visible = (used == 1)[None, :] & (key[None, :] <= position[:, None])
-            acc, m, l = _step(acc, m, l, q, keys, values, visible, scale, True)
+            acc, m, l = _step(acc, m, l, q, keys, values, visible, SCALE, True)
 
     seen = l > 0.0
     total = tl.where(seen, l, 1.0)

@@ -14,18 +14,18 @@ from tests.core.test_index import HEADS, KV_HEADS, SHAPES, patterns
 from tests.helpers import causal_mask, random_qkv
 
 # One threshold for each shape, because each is a program of its own.
-THRESHOLDS = dict(zip(SHAPES, (1.0, 0.6, 1.0, 0.6), strict=True))
+THRESHOLDS = dict(zip(SHAPES, (1.0, 0.6, 1.0, 0.6, 1.0, 0.6), strict=True))
 
 
 @functools.cache
 def builder(shape, dense_above):
-    _, _, block_q, block_kv = shape
+    _, _, block_q, block_kv, stagger = shape
 
     @jax.jit
     def run(patterns, q, k, lengths):
         return build_index(
             patterns, q, k, lengths=lengths, block_q=block_q, block_kv=block_kv, last_q=64,
-            dense_above=dense_above,
+            dense_above=dense_above, stagger=stagger,
         )  # fmt: skip
 
     return run
@@ -43,7 +43,7 @@ def layer_of(heads):
 
 def executed(index, shape, lengths):
     """Tiles that each head executes, counted one query tile at a time [batch, heads]."""
-    q_len, kv_len, block_q, block_kv = shape
+    q_len, kv_len, block_q, block_kv, _ = shape
     offset = kv_len - q_len
     total = np.zeros(index.begin.shape[:2], int)
     for b, h, i in np.ndindex(*index.begin.shape):

@@ -18,8 +18,15 @@ from tests.helpers import causal_mask, random_qkv
 
 HEADS, KV_HEADS = 4, 2
 
-# q_len, kv_len, block_q, block_kv; few, because each is a program of its own.
-SHAPES = [(1, 1, 16, 16), (100, 100, 16, 16), (45, 130, 32, 64), (150, 150, 64, 32)]
+# q_len, kv_len, block_q, block_kv, stagger; few, because each is a program of its own.
+SHAPES = [
+    (1, 1, 16, 16, False),
+    (100, 100, 16, 16, False),
+    (45, 130, 32, 64, False),
+    (150, 150, 64, 32, False),
+    (101, 101, 16, 32, True),
+    (45, 130, 32, 64, True),
+]
 
 sizes = st.integers(0, 160)
 patterns = st.one_of(
@@ -40,13 +47,14 @@ patterns = st.one_of(
 @functools.cache
 def masker(shape):
     """One compiled program for a shape: (patterns, q, k, lengths) -> index and mask."""
-    q_len, kv_len, block_q, block_kv = shape
+    q_len, kv_len, block_q, block_kv, stagger = shape
 
     @jax.jit
     def run(patterns, q, k, lengths):
         index = mj.build_index(
-            patterns, q, k, lengths=lengths, block_q=block_q, block_kv=block_kv, last_q=64
-        )
+            patterns, q, k, lengths=lengths, block_q=block_q, block_kv=block_kv, last_q=64,
+            stagger=stagger,
+        )  # fmt: skip
         return index, index.to_mask(q_len, kv_len, lengths=lengths)
 
     return run
@@ -54,12 +62,13 @@ def masker(shape):
 
 def expected_mask(pattern, q, k, *, length, shape):
     """One head: q [q_len, d], k [kv_len, d]."""
-    q_len, kv_len, block_q, block_kv = shape
+    q_len, kv_len, block_q, block_kv, stagger = shape
     offset = kv_len - q_len
     blocks = {"block_q": block_q, "block_kv": block_kv}
+    run = block_q // 2 if stagger else block_q  # rows that share the tiles of lines
     lines = functools.partial(
         brute_force.mask_of_lines,
-        q_len=q_len, kv_len=kv_len, offset=offset, length=length, **blocks,
+        q_len=q_len, kv_len=kv_len, offset=offset, length=length, block_q=run, block_kv=block_kv,
     )  # fmt: skip
     causal = causal_mask(q_len, kv_len) & (np.arange(kv_len) < length)
     match pattern:
@@ -172,7 +181,7 @@ def test_compact_keeps_the_marked_values_in_order(n, size, share):
 
 
 def test_block_sparse_breaks_ties_by_position():
-    shape = (256, 256, 32, 32)
+    shape = (256, 256, 32, 32, False)
     zeros = jnp.zeros((1, 256, 2, 16))
     layer = mj.HeadPatterns.from_grid([[mj.BlockSparse(num_blocks=2)] * 2], max_blocks=4)
     layer = jax.tree.map(lambda x: x[0], layer)
@@ -192,7 +201,7 @@ def test_bigger_budgets_visit_more():
         pattern = mj.VerticalSlash(vertical_size=budget, slash_size=budget)
         layer = mj.HeadPatterns.from_grid([[pattern]], max_columns=256)
         layer = jax.tree.map(lambda x: x[0], layer)
-        mask = masker((200, 200, 16, 16))(layer, q, k, jnp.array([200]))[1]
+        mask = masker((200, 200, 16, 16, False))(layer, q, k, jnp.array([200]))[1]
         masks.append(np.asarray(mask[0, 0]))
     requested = [np.trace(mask) for mask in masks]
     assert requested == [200] * 4, "every row sees itself"
