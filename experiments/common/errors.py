@@ -54,12 +54,14 @@ def parse_reporting_errors[Parsed](parse: Callable[[], Parsed]) -> Parsed:
 
 def _without_box(complaint: str) -> str:
     """Returns the message of tyro's boxed complaint, up to its first rule, and where to look."""
-    lines = [re.sub(r"[│╭╮╰╯]", "", line).strip() for line in complaint.splitlines()[1:]]
+    # The box is drawn in ASCII where the terminal's encoding has no lines.
+    lines = [re.sub(r"[│╭╮╰╯|+]", "", line).strip() for line in complaint.splitlines()[1:]]
     body = []
     for line in lines:
-        if set(line) == {"─"}:
+        if not line or not set(line) <= {"─", "-"}:
+            body.append(line)
+        elif body:
             break
-        body.append(line)
     return one_line(" ".join(body).replace("(required)", "")) + " (see --help)"
 
 

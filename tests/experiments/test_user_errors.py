@@ -22,7 +22,9 @@ def told(capsys, *argv):
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        pytest.param([], "{generate, prefill}", id="no-command"),
+        pytest.param(
+            [], "Expected one of {generate, prefill, latency}. (see --help)", id="no-command"
+        ),
         pytest.param(["generate"], "--model", id="no-model"),
         pytest.param(["prefill", "--model", "x"], "got neither", id="no-prompt"),
         pytest.param(
