@@ -73,12 +73,8 @@ def _one_head(q, k, v, lists, shift, length, q_offset):
         in_axes=(None, 0),
     )
 
-    per_row = lambda x: jnp.repeat(x, block_q // lists.halves, axis=0)
-
-    def in_tile(shift):
-        """Which of the loaded keys each row's half visits."""
-        row = jnp.arange(stage)[None, :] - shift * jnp.arange(lists.halves)[:, None]
-        return per_row(jnp.tile((row >= 0) & (row < block_kv), (1, group)))
+    half = jnp.arange(block_q) // (block_q // lists.halves)
+    within_stage = jnp.arange(group * stage) % stage
 
     def one_tile(args):
         q, number, begin, count, origin, shift = args
@@ -95,7 +91,10 @@ def _one_head(q, k, v, lists, shift, length, q_offset):
             key = (start[:, None] + jnp.arange(stage)[None, :]).reshape(-1)
             real = (key >= 0) & (key < length) & jnp.repeat(used, stage)
             visible = real[None, :] & (key[None, :] <= position[:, None])
-            visible &= in_tile(shift)
+            if lists.staggered:  # of the loaded keys each half of the rows visits its own
+                later = (shift * half)[:, None]
+                place = within_stage[None, :]
+                visible &= (place >= later) & (place < later + block_kv)
             return online_softmax.step(state, jnp.dot(q, keys.T), visible, values)
 
         covered = jax.vmap(
@@ -107,7 +106,9 @@ def _one_head(q, k, v, lists, shift, length, q_offset):
             take = functools.partial(
                 jax.lax.dynamic_slice_in_dim, start_index=i * column_step, slice_size=column_step
             )
-            visible = per_row(take(allowed, axis=1)) & (take(columns)[None, :] <= position[:, None])
+            use = take(allowed, axis=1)
+            use = jnp.where(half[:, None] == 0, use[:1], use[-1:])
+            visible = use & (take(columns)[None, :] <= position[:, None])
             scores = jnp.dot(q, take(k_columns).T)
             return online_softmax.step(state, scores, visible, take(v_columns))
 
