@@ -2,8 +2,6 @@
 
 import dataclasses
 
-from pallas_kernels.common.tiling import round_up
-
 # Query rows of one warpgroup (the M of wgmma), and warpgroups that compute.
 ROWS = 64
 COMPUTE_WARPGROUPS = 2
@@ -18,29 +16,38 @@ class Config:
     """How the kernel runs; the index alone decides what it computes.
 
     Attributes:
-        stages: key/value tiles in flight.
+        k_stages: tiles of keys in flight.
+        v_stages: tiles of values in flight. An item's values are used one item later than its
+            keys, so one more stage of values than of keys keeps both as far ahead.
         queries_in_registers: feed the queries of the score product from registers, which halves
-            what the tensor cores read from shared memory.
+            what the tensor cores read from shared memory and leaves its room to the stages.
     """
 
-    stages: int
-    queries_in_registers: bool = False
+    k_stages: int
+    v_stages: int
+    queries_in_registers: bool
 
     def __post_init__(self):
-        if self.stages < 2:
-            raise ValueError(f"`stages` must be at least 2, got {self.stages}")
+        if min(self.k_stages, self.v_stages) < 2:
+            raise ValueError(
+                "`k_stages` and `v_stages` must be at least 2, got "
+                f"{self.k_stages} and {self.v_stages}"
+            )
 
 
-def shared_memory(head_dim: int, stage_rows: int, stages: int) -> int:
+def shared_memory(head_dim: int, stage_rows: int, config: Config) -> int:
     """Bytes of shared memory of one block (16-bit elements)."""
-    row = 2 * head_dim
-    queries = BLOCK_Q * row
-    return queries + 2 * stages * stage_rows * row + round_up(BLOCK_Q * 4, 1024)
+    stages = config.k_stages + config.v_stages
+    queries = 0 if config.queries_in_registers else BLOCK_Q
+    return (stages * stage_rows + queries) * 2 * head_dim
 
 
 def default_config(head_dim: int, stage_rows: int) -> Config | None:
     """The measured best for these shapes (README.md), None where two stages do not fit."""
-    for stages in (4, 3, 2):
-        if shared_memory(head_dim, stage_rows, stages) <= _SHARED_MEMORY:
-            return Config(stages=stages, queries_in_registers=head_dim <= 128)
+    for k_stages, v_stages in ((3, 4), (3, 3), (2, 3), (2, 2)):
+        config = Config(
+            k_stages=k_stages, v_stages=v_stages, queries_in_registers=head_dim <= 128
+        )
+        if shared_memory(head_dim, stage_rows, config) <= _SHARED_MEMORY:
+            return config
     return None

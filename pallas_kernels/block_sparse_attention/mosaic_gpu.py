@@ -24,7 +24,7 @@ from pallas_kernels.block_sparse_attention.mosaic_gpu_kernel import Scratch, ker
 from pallas_kernels.block_sparse_attention.plan import Plan, gather_columns, make_plan
 
 _HEAD_DIMS = (64, 96, 128, 256)
-_BLOCK_KVS = (64, 128)
+_BLOCK_KVS = (64, 96, 128)
 
 
 def unsupported(q: Array, k: Array, v: Array, index: BlockSparseIndex) -> str | None:
@@ -75,40 +75,42 @@ def _pad_rows(x):
 
 def _launch(q, k, v, index, plan: Plan, columns, config: Config, interpret):
     batch, _, heads, head_dim = q.shape
-    kv_heads = k.shape[2]
     tiles = index.begin.shape[2]
     swizzle = plgpu.find_swizzle(head_dim * 16)
-    transforms = (plgpu.TilingTransform((8, swizzle // 2)), plgpu.SwizzleTransform(swizzle))
-    tile = lambda *shape: plgpu.SMEM(shape, q.dtype, transforms=transforms)
-    free = plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=config.stages)
-    full = plgpu.Barrier(num_barriers=config.stages)
+    # The value product takes keys in groups as wide as the swizzle.
+    v_swizzle = min(swizzle, plgpu.find_swizzle(index.block_kv * 16))
+    tile = lambda swizzle, *shape: plgpu.SMEM(
+        shape,
+        q.dtype,
+        transforms=(plgpu.TilingTransform((8, swizzle // 2)), plgpu.SwizzleTransform(swizzle)),
+    )
+    full = lambda stages: plgpu.Barrier(num_barriers=stages)
+    free = lambda stages: plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=stages)
     scratch = Scratch(
-        q=tile(COMPUTE_WARPGROUPS, ROWS, head_dim),
-        k=tile(config.stages, index.stage_rows, head_dim),
-        v=tile(config.stages, index.stage_rows, head_dim),
-        lse=plgpu.SMEM((COMPUTE_WARPGROUPS, ROWS), jnp.float32),
-        q_full=plgpu.Barrier(num_barriers=COMPUTE_WARPGROUPS),
-        k_full=full,
-        v_full=full,
-        k_free=free,
-        v_free=free,
+        q=None if config.queries_in_registers else tile(swizzle, COMPUTE_WARPGROUPS, ROWS, head_dim),
+        k=tile(swizzle, config.k_stages, index.stage_rows, head_dim),
+        v=tile(v_swizzle, config.v_stages, index.stage_rows, head_dim),
+        q_full=full(COMPUTE_WARPGROUPS),
+        k_full=full(config.k_stages),
+        v_full=full(config.v_stages),
+        k_free=free(config.k_stages),
+        v_free=free(config.v_stages),
     )
     body = functools.partial(
-        kernel, config=config, kv_heads=kv_heads, group=heads // kv_heads,
-        block_kv=index.block_kv, staggered=index.staggered,
-    )  # fmt: skip
+        kernel, config=config, block_kv=index.block_kv, staggered=index.staggered
+    )
     arrays = [q, k, v, index.entries, plan.lists]
     if columns is not None:
         arrays += [*columns, plan.column_ids, plan.column_bits]
     return plgpu.kernel(
         body,
         out_type=[
-            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            jax.ShapeDtypeStruct((batch, tiles * BLOCK_Q, heads, head_dim), q.dtype),
             jax.ShapeDtypeStruct((batch, heads, tiles * BLOCK_Q), jnp.float32),
         ],
-        # Neighbouring blocks serve the query heads of one key/value head: they share its cache.
-        grid=(batch * kv_heads, tiles, heads // kv_heads),
-        grid_names=("kv", "tile", "member"),
+        # Tiles of one head side by side: those that run at a time visit nearby keys.
+        grid=(batch * heads, tiles),
+        grid_names=("head", "tile"),
         num_threads=COMPUTE_WARPGROUPS + 1,
         thread_name="warpgroup",
         scratch_types={"scratch": scratch},

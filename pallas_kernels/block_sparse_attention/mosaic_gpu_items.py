@@ -1,6 +1,7 @@
 """The items that one query tile visits, in their order, and what its rows see of each."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -77,22 +78,33 @@ class Work:
         row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=_WGMMA.reduce(1))
         return row + (self.first_row + warpgroup * ROWS)
 
-    def sees_tile(self, n, warpgroup):
-        """Mask of a key tile."""
+    def hide_keys(self, n, warpgroup, s):
+        """Scores of a key tile, -inf for what a row does not see."""
         first, _ = self.window(n, warpgroup)
         end = self.start(n) + warpgroup * self.shift + self.block_kv
         keys = jnp.minimum(jnp.minimum(end, self.length), self.rows(warpgroup) + 1) - first
-        return self.iota(1) < lax.broadcast_in_dim(keys, (ROWS, self.block_kv), [0])
+        seen = self.iota(1) < lax.broadcast_in_dim(keys, (ROWS, self.block_kv), [0])
+        return jnp.where(seen, s, -jnp.inf)
 
-    def sees_columns(self, n, warpgroup):
-        """Mask of a tile of columns before every row: one bit each."""
+    def hide_columns(self, n, warpgroup, s):
+        """Scores of a tile of columns before every row: most tiles are seen whole."""
+        bits = self.bits(n, warpgroup)
+        whole = functools.reduce(lax.bitwise_and, bits) == -1
+        hide = lambda s: jnp.where(self.sees(bits), s, -jnp.inf)
+        return lax.cond(whole, lambda s: s, hide, s)
+
+    def bits(self, n, warpgroup):
+        """Words of the bits of a tile of columns."""
         words = self.block_kv // 32
         base = (n - self.listed) * words
         if self.staggered:
             base += warpgroup * (self.column_ids.shape[2] // 32)
-        bits = [self.column_bits[self.batch, self.head, self.tile, base + i] for i in range(words)]
+        return [self.column_bits[self.batch, self.head, self.tile, base + i] for i in range(words)]
+
+    def sees(self, bits):
+        """Mask of a tile of columns from its bits."""
         word = jnp.full((ROWS, self.block_kv), bits[0])
-        for i in range(1, words):
+        for i in range(1, len(bits)):
             word = jnp.where(self.iota(1) < 32 * i, word, bits[i])
         word = plgpu.layout_cast(word, _WGMMA)
         # A thread's columns differ in other bits than 1 and 2: one shift by these serves them all.
@@ -100,11 +112,11 @@ class Work:
         shared = lax.shift_right_logical(word, column & 6)
         return lax.shift_right_logical(shared, column & 25) & 1 == 1
 
-    def sees_late_columns(self, n, warpgroup):
-        """Mask of a tile of columns some of which lie after some rows."""
+    def hide_late_columns(self, n, warpgroup, s):
+        """Scores of a tile of columns some of which lie after some rows."""
         at = pl.ds(pl.multiple_of((n - self.listed) * self.block_kv, self.block_kv), self.block_kv)
         ids = self.column_ids.at[self.batch, self.head, at]
         ids = plgpu.load(ids, layout=_WGMMA.reduce(0), optimized=False)
         ids = lax.broadcast_in_dim(ids, (ROWS, self.block_kv), [1])
         rows = lax.broadcast_in_dim(self.rows(warpgroup), (ROWS, self.block_kv), [0])
-        return self.sees_columns(n, warpgroup) & (ids <= rows)
+        return jnp.where(self.sees(self.bits(n, warpgroup)) & (ids <= rows), s, -jnp.inf)

@@ -13,18 +13,18 @@ from pallas_kernels.block_sparse_attention.config import BLOCK_Q, COMPUTE_WARPGR
 from pallas_kernels.block_sparse_attention.mosaic_gpu_items import Work
 from pallas_kernels.block_sparse_attention.plan import FIELDS
 from pallas_kernels.common.online_softmax import LOG2E
+from pallas_kernels.common.tiling import cdiv
 
 _WGMMA = plgpu.Layout.WGMMA
 _PER_ROW = plgpu.Layout.WGMMA.reduce(1)
 
 
 class Scratch(NamedTuple):
-    """Shared memory of one block: q doubles as the output's staging buffer."""
+    """Shared memory of one block; `q` is None where the queries are kept in registers."""
 
     q: Any
     k: Any
     v: Any
-    lse: Any
     q_full: Any
     k_full: Any
     v_full: Any
@@ -41,16 +41,14 @@ def kernel(
     *rest,
     scratch,
     config,
-    kv_heads,
-    group,
     block_kv,
     staggered,
 ):
     """One block: one query tile of one head."""
     *column_refs, out_ref, lse_ref = rest
-    kv = lax.axis_index("kv")
-    kv_head = lax.rem(kv, kv_heads)
-    batch, head = lax.div(kv, kv_heads), kv_head * group + lax.axis_index("member")
+    heads = q_ref.shape[2]
+    batch, head = lax.div(lax.axis_index("head"), heads), lax.rem(lax.axis_index("head"), heads)
+    kv_head = lax.div(head, heads // k_ref.shape[2])
     # Later tiles see more keys: longest first.
     tile = lists_ref.shape[2] - 1 - lax.axis_index("tile")
     fields = [lists_ref[batch, head, tile, i] for i in range(FIELDS)]
@@ -73,16 +71,17 @@ def kernel(
 
 
 def _produce(work: Work, scratch: Scratch, config: Config, kv_head, k_ref, v_ref, column_refs):
-    """Copies keys and values of every item into the ring of stages, in order."""
-    stages, stage_rows = config.stages, scratch.k.shape[1]
+    """Copies keys and values of every item into their rings of stages, in order."""
+    stage_rows = scratch.k.shape[1]
+    own = config.v_stages - _lent_stages(scratch, config)
 
     def load(n, keys, values):
-        slot = lax.rem(n, stages)
-        for source, target, full, free in (
-            (keys, scratch.k, scratch.k_full, scratch.k_free),
-            (values, scratch.v, scratch.v_full, scratch.v_free),
+        for source, target, full, free, unused in (
+            (keys, scratch.k, scratch.k_full, scratch.k_free, config.k_stages),
+            (values, scratch.v, scratch.v_full, scratch.v_free, own),
         ):
-            pl.when(n >= stages)(functools.partial(plgpu.barrier_wait, free.at[slot]))
+            slot = lax.rem(n, target.shape[0])
+            pl.when(n >= unused)(functools.partial(plgpu.barrier_wait, free.at[slot]))
             plgpu.copy_gmem_to_smem(source, target.at[slot], full.at[slot])
 
     @pl.loop(0, work.listed)
@@ -98,10 +97,19 @@ def _produce(work: Work, scratch: Scratch, config: Config, kv_head, k_ref, v_ref
             load(work.listed + n, *(ref.at[work.batch, work.head, rows] for ref in column_refs))
 
     # A block may not end before every completion of its barriers was awaited.
-    @pl.loop(jnp.maximum(work.total, stages), work.total + stages)
-    def _(n):
-        plgpu.barrier_wait(scratch.k_free.at[lax.rem(n, stages)])
-        plgpu.barrier_wait(scratch.v_free.at[lax.rem(n, stages)])
+    for free, stages, unused in (
+        (scratch.k_free, config.k_stages, config.k_stages),
+        (scratch.v_free, config.v_stages, own),
+    ):
+
+        @pl.loop(jnp.maximum(work.total, unused), work.total + stages)
+        def _(n, free=free, stages=stages):
+            plgpu.barrier_wait(free.at[lax.rem(n, stages)])
+
+
+def _lent_stages(scratch: Scratch, config: Config) -> int:
+    """Last stages of values through which queries pass on their way to registers."""
+    return cdiv(BLOCK_Q, scratch.v.shape[1]) if config.queries_in_registers else 0
 
 
 def _compute(
@@ -109,14 +117,23 @@ def _compute(
 ):  # fmt: skip
     """Visits every item for 64 query rows and writes their output and log-sum-exp."""
     rows = pl.ds(pl.multiple_of(work.tile * BLOCK_Q + warpgroup * ROWS, ROWS), ROWS)
-    q_tile = scratch.q.at[warpgroup]
+    lent = _lent_stages(scratch, config)
+    if lent:
+        stage = config.v_stages - lent
+        at = pl.multiple_of(warpgroup * ROWS, ROWS)
+        q = scratch.v.at[stage, pl.ds(at, ROWS)] if lent == 1 else scratch.v.at[stage + warpgroup, pl.ds(0, ROWS)]
+    else:
+        q = scratch.q.at[warpgroup]
     plgpu.copy_gmem_to_smem(
-        q_ref.at[work.batch, rows, work.head], q_tile, scratch.q_full.at[warpgroup]
+        q_ref.at[work.batch, rows, work.head], q, scratch.q_full.at[warpgroup]
     )
     plgpu.barrier_wait(scratch.q_full.at[warpgroup])
-    q = q_tile
     if config.queries_in_registers:
-        q = plgpu.load(q_tile, layout=_WGMMA)
+        q = plgpu.load(q, layout=_WGMMA)
+        # Orders this read before the copy of values that overwrites the queries.
+        plgpu.commit_smem()
+        for stage in range(config.v_stages - lent, config.v_stages):
+            plgpu.barrier_arrive(scratch.v_free.at[stage])
     visit = Visit(work, scratch, config, warpgroup, q, q_ref.dtype)
     acc, m, l = visit.everything()
 
@@ -124,14 +141,8 @@ def _compute(
     seen = l > 0.0
     inverse = jnp.where(seen, 1.0 / l, 0.0)
     lse = jnp.where(seen, m * (1.0 / LOG2E) + jnp.log(l), -jnp.inf)
-    # All warps have read their queries before the output overwrites them.
-    plgpu.commit_smem()
-    q_tile[...] = (acc * per_row(inverse)).astype(q_ref.dtype)
-    scratch.lse[warpgroup] = lse
-    plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(q_tile, out_ref.at[work.batch, rows, work.head])
-    plgpu.copy_smem_to_gmem(scratch.lse.at[warpgroup], lse_ref.at[work.batch, work.head, rows])
-    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    out_ref[work.batch, rows, work.head] = (acc * per_row(inverse)).astype(q_ref.dtype)
+    lse_ref[work.batch, work.head, rows] = lse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,54 +161,56 @@ class Visit:
     q: Any
     dtype: Any
 
-    def slot(self, n):
-        """The stage that holds item n."""
-        return lax.rem(n, self.config.stages)
+    def keys(self, n):
+        """The stage that holds the keys of item n."""
+        return lax.rem(n, self.config.k_stages)
 
-    def stage(self, ref, n, row):
-        """The rows of the n-th item's stage that this warpgroup reads."""
+    def values(self, n):
+        """The stage that holds the values of item n."""
+        return lax.rem(n, self.config.v_stages)
+
+    def stage(self, ref, slot, row):
+        """The rows of a stage that this warpgroup reads."""
         if not self.work.staggered:
-            return ref.at[self.slot(n)]
+            return ref.at[slot]
         row = row if isinstance(row, int) else pl.multiple_of(row, 8)
-        return ref.at[self.slot(n), pl.ds(row, self.work.block_kv)]
+        return ref.at[slot, pl.ds(row, self.work.block_kv)]
 
     def everything(self):
         """Unnormalised output, maximum and sum of weights after all items."""
         work = self.work
         shifted = self.warpgroup * work.shift
         state = self.first()
-        state = self.loop(1, work.masked, state, work.sees_tile)
+        state = self.loop(1, work.masked, state, work.hide_keys)
         state = self.loop(work.masked, work.listed, state, None, shifted)
         if work.column_ids is not None:
             early = work.listed + work.columns_full
-            state = self.loop(work.listed, early, state, work.sees_columns, 0)
-            state = self.loop(early, work.total, state, work.sees_late_columns, 0)
+            state = self.loop(work.listed, early, state, work.hide_columns, 0)
+            state = self.loop(early, work.total, state, work.hide_late_columns, 0)
         acc, m, l, p, row = state
         n = work.total - 1
-        values = self.stage(self.scratch.v, n, row)
-        plgpu.barrier_wait(self.scratch.v_full.at[self.slot(n)])
+        values = self.stage(self.scratch.v, self.values(n), row)
+        plgpu.barrier_wait(self.scratch.v_full.at[self.values(n)])
         initial: Any = plgpu.ACC.init(acc)
         acc = pl.run_state(lambda ref: plgpu.wgmma(ref, p, values))(initial)
-        plgpu.barrier_arrive(self.scratch.v_free.at[self.slot(n)])
+        plgpu.barrier_arrive(self.scratch.v_free.at[self.values(n)])
         return acc, m, l
 
-    def loop(self, low, high, state, sees, row=None):
+    def loop(self, low, high, state, hide, row=None):
         """Visits the items of one kind; `row` is where the warpgroup's rows of a stage begin."""
 
         def step(n, state):
             at = self.work.window(n, self.warpgroup)[1] if row is None else row
-            return self.item(n, state, sees, at)
+            return self.item(n, state, hide, at)
 
         return lax.fori_loop(low, high, step, state)
 
-    def softmax(self, s, m, visible):
+    def softmax(self, s, m, masked):
         """New maximum, factor for what was summed so far, weights; all in log2 units."""
         scale = self.q.shape[1] ** -0.5 * LOG2E
-        if visible is not None:
-            s = jnp.where(visible, s, -jnp.inf)
         m_new = jnp.maximum(m, s.max(axis=1) * scale)
         # Of a row that has seen no key yet, every weight must be 0: exp2(-inf - 0).
-        m_safe = m_new if visible is None else jnp.where(m_new == -jnp.inf, 0.0, m_new)
+        m_safe = jnp.where(m_new == -jnp.inf, 0.0, m_new) if masked else m_new
         alpha = jnp.exp2(m - m_safe)
         p = jnp.exp2(s * scale - lax.broadcast_in_dim(m_safe, s.shape, [0]))
         return m_new, alpha, p
@@ -207,7 +220,7 @@ class Visit:
 
         @pl.when(n < self.work.total)
         def _():
-            plgpu.barrier_wait(self.scratch.k_full.at[self.slot(n)])
+            plgpu.barrier_wait(self.scratch.k_full.at[self.keys(n)])
 
     def first(self):
         """The first item, always masked."""
@@ -224,15 +237,15 @@ class Visit:
         plgpu.barrier_arrive(self.scratch.k_free.at[0])
         m = plgpu.layout_cast(jnp.full((ROWS,), -jnp.inf, jnp.float32), _PER_ROW)
         acc = jnp.zeros((ROWS, self.q.shape[1]), jnp.float32)
-        m, _, p = self.softmax(s, m, self.work.sees_tile(0, self.warpgroup))
+        m, _, p = self.softmax(self.work.hide_keys(0, self.warpgroup, s), m, masked=True)
         self.wait_keys(1)
         acc = plgpu.layout_cast(acc, _WGMMA)
         return acc, m, p.sum(axis=1), p.astype(self.dtype), row
 
-    def item(self, n, state, sees, row):
+    def item(self, n, state, hide, row):
         """Scores of item n beside the value product of the item before."""
         acc, m, l, p, row_before = state
-        slot, before = self.slot(n), self.slot(n - 1)
+        slot, before = self.keys(n), self.values(n - 1)
         shape = (ROWS, self.work.block_kv)
         scratch = self.scratch
 
@@ -240,13 +253,13 @@ class Visit:
             acc_ref, m_ref, l_ref, alpha_ref, p_ref = refs
 
             def scores_and_values(s_ref):
-                plgpu.wgmma(s_ref, self.q, self.stage(scratch.k, n, row).T)
+                plgpu.wgmma(s_ref, self.q, self.stage(scratch.k, slot, row).T)
                 plgpu.barrier_wait(scratch.v_full.at[before])
-                plgpu.wgmma(acc_ref, p, self.stage(scratch.v, n - 1, row_before))
+                plgpu.wgmma(acc_ref, p, self.stage(scratch.v, before, row_before))
                 s = plgpu.wgmma_accumulator_load(s_ref, wait_n=1)
                 plgpu.barrier_arrive(scratch.k_free.at[slot])
-                visible = None if sees is None else sees(n, self.warpgroup)
-                m_new, alpha, p_new = self.softmax(s, m_ref[...], visible)
+                s = s if hide is None else hide(n, self.warpgroup, s)
+                m_new, alpha, p_new = self.softmax(s, m_ref[...], masked=hide is not None)
                 l_new = l_ref[...] * alpha + p_new.sum(axis=1)
                 # The barrier and the branch of the wait keep the compiler from moving the softmax
                 # below the end of the value product. The weights become 16-bit only after it:
