@@ -44,10 +44,8 @@ def shared_memory(head_dim: int, stage_rows: int, config: Config) -> int:
 
 def default_config(head_dim: int, stage_rows: int) -> Config | None:
     """The measured best for these shapes (README.md), None where two stages do not fit."""
-    for k_stages, v_stages in ((3, 4), (3, 3), (2, 3), (2, 2)):
-        config = Config(
-            k_stages=k_stages, v_stages=v_stages, queries_in_registers=head_dim <= 128
-        )
+    for k_stages, v_stages in ((2, 3), (2, 2)):
+        config = Config(k_stages=k_stages, v_stages=v_stages, queries_in_registers=head_dim <= 128)
         if shared_memory(head_dim, stage_rows, config) <= _SHARED_MEMORY:
             return config
     return None

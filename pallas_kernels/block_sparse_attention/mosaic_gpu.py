@@ -87,7 +87,9 @@ def _launch(q, k, v, index, plan: Plan, columns, config: Config, interpret):
     full = lambda stages: plgpu.Barrier(num_barriers=stages)
     free = lambda stages: plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=stages)
     scratch = Scratch(
-        q=None if config.queries_in_registers else tile(swizzle, COMPUTE_WARPGROUPS, ROWS, head_dim),
+        q=None
+        if config.queries_in_registers
+        else tile(swizzle, COMPUTE_WARPGROUPS, ROWS, head_dim),
         k=tile(swizzle, config.k_stages, index.stage_rows, head_dim),
         v=tile(v_swizzle, config.v_stages, index.stage_rows, head_dim),
         q_full=full(COMPUTE_WARPGROUPS),

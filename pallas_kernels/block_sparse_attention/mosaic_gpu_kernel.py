@@ -72,7 +72,6 @@ def kernel(
 
 def _produce(work: Work, scratch: Scratch, config: Config, kv_head, k_ref, v_ref, column_refs):
     """Copies keys and values of every item into their rings of stages, in order."""
-    stage_rows = scratch.k.shape[1]
     own = config.v_stages - _lent_stages(scratch, config)
 
     def load(n, keys, values):
@@ -81,19 +80,29 @@ def _produce(work: Work, scratch: Scratch, config: Config, kv_head, k_ref, v_ref
             (values, scratch.v, scratch.v_full, scratch.v_free, own),
         ):
             slot = lax.rem(n, target.shape[0])
+            target = target.at[slot, pl.ds(0, source.shape[0])]
             pl.when(n >= unused)(functools.partial(plgpu.barrier_wait, free.at[slot]))
-            plgpu.copy_gmem_to_smem(source, target.at[slot], full.at[slot])
+            plgpu.copy_gmem_to_smem(source, target, full.at[slot])
+
+    def load_tile(n, size):
+        rows = pl.ds(pl.multiple_of(jnp.maximum(work.start(n), 0), 8), size)
+        load(n, *(ref.at[work.batch, rows, kv_head] for ref in (k_ref, v_ref)))
 
     @pl.loop(0, work.listed)
     def _(n):
-        rows = pl.ds(pl.multiple_of(jnp.maximum(work.start(n), 0), 8), stage_rows)
-        load(n, *(ref.at[work.batch, rows, kv_head] for ref in (k_ref, v_ref)))
+        if work.staggered:
+            # The warpgroups of a list that is not shifted visit the same keys.
+            shifted = work.shift > 0
+            pl.when(shifted)(lambda: load_tile(n, scratch.k.shape[1]))
+            pl.when(jnp.logical_not(shifted))(lambda: load_tile(n, work.block_kv))
+        else:
+            load_tile(n, work.block_kv)
 
     if column_refs:
 
         @pl.loop(0, work.columns_all)
         def _(n):
-            rows = pl.ds(pl.multiple_of(n * work.block_kv, work.block_kv), stage_rows)
+            rows = pl.ds(pl.multiple_of(n * work.block_kv, work.block_kv), work.block_kv)
             load(work.listed + n, *(ref.at[work.batch, work.head, rows] for ref in column_refs))
 
     # A block may not end before every completion of its barriers was awaited.
@@ -118,21 +127,20 @@ def _compute(
     """Visits every item for 64 query rows and writes their output and log-sum-exp."""
     rows = pl.ds(pl.multiple_of(work.tile * BLOCK_Q + warpgroup * ROWS, ROWS), ROWS)
     lent = _lent_stages(scratch, config)
-    if lent:
-        stage = config.v_stages - lent
-        at = pl.multiple_of(warpgroup * ROWS, ROWS)
-        q = scratch.v.at[stage, pl.ds(at, ROWS)] if lent == 1 else scratch.v.at[stage + warpgroup, pl.ds(0, ROWS)]
-    else:
+    first_lent = config.v_stages - lent
+    if lent == 0:
         q = scratch.q.at[warpgroup]
-    plgpu.copy_gmem_to_smem(
-        q_ref.at[work.batch, rows, work.head], q, scratch.q_full.at[warpgroup]
-    )
+    elif lent == 1:
+        q = scratch.v.at[first_lent, pl.ds(pl.multiple_of(warpgroup * ROWS, ROWS), ROWS)]
+    else:
+        q = scratch.v.at[first_lent + warpgroup, pl.ds(0, ROWS)]
+    plgpu.copy_gmem_to_smem(q_ref.at[work.batch, rows, work.head], q, scratch.q_full.at[warpgroup])
     plgpu.barrier_wait(scratch.q_full.at[warpgroup])
     if config.queries_in_registers:
         q = plgpu.load(q, layout=_WGMMA)
         # Orders this read before the copy of values that overwrites the queries.
         plgpu.commit_smem()
-        for stage in range(config.v_stages - lent, config.v_stages):
+        for stage in range(first_lent, config.v_stages):
             plgpu.barrier_arrive(scratch.v_free.at[stage])
     visit = Visit(work, scratch, config, warpgroup, q, q_ref.dtype)
     acc, m, l = visit.everything()

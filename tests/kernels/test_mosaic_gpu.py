@@ -26,12 +26,12 @@ _LINES = {"vertical": 40, "slash": 20, "spread": "clustered"}
 _SMALL = [
     Case(
         name="staggered", index=workloads.vertical_slash_index,
-        options=_LINES | {"staggered": True}, q_len=256, kv_len=256, heads=2, kv_heads=1,
-        head_dim=64, block_kv=64,
+        options=_LINES | {"staggered": True}, q_len=256, kv_len=256, heads=1, kv_heads=1,
+        head_dim=64, block_kv=96,
     ),
     Case(
         name="ragged", index=workloads.vertical_slash_index, options=_LINES, q_len=70, kv_len=250,
-        heads=2, kv_heads=2, head_dim=64, block_kv=64, lengths=(200,),
+        heads=2, kv_heads=1, head_dim=64, block_kv=64, lengths=(200,),
     ),
 ]  # fmt: skip
 
@@ -57,7 +57,9 @@ def _arrays(head_dim, dtype, num_columns, staggered, block_kv):
         (64, 64, jnp.bfloat16, 0),
         (64, 128, jnp.float16, 70),
         (96, 128, jnp.bfloat16, 70),
+        (96, 96, jnp.float16, 70),
         (128, 64, jnp.float16, 70),
+        (128, 96, jnp.bfloat16, 200),
         (128, 128, jnp.bfloat16, 0),
         (128, 128, jnp.bfloat16, 200),
         (256, 64, jnp.bfloat16, 70),
@@ -97,13 +99,15 @@ def _is_free_barrier(ref):
     return ref.ref.aval.inner_aval.dtype.num_arrivals == 2
 
 
-@pytest.mark.parametrize("forgotten", ["keys-arrived", "stage-read"])
+@pytest.mark.parametrize("forgotten", ["keys-arrived", "stage-read", "queries-read"])
 def test_interpreter_catches_a_missing_wait(forgotten, monkeypatch, capfd):
     """The check above can fail: without one kind of wait it finds races or misused barriers."""
     q, k, v, index, lengths, q_offset = _SMALL[0].build()
     wait = mosaic_gpu_kernel.plgpu.barrier_wait
     if forgotten == "keys-arrived":
         monkeypatch.setattr(mosaic_gpu_kernel.Visit, "wait_keys", lambda self, n: None)
+    elif forgotten == "queries-read":
+        monkeypatch.setattr(mosaic_gpu_kernel.plgpu, "commit_smem", lambda: None)
     else:
         monkeypatch.setattr(
             mosaic_gpu_kernel.plgpu, "barrier_wait", lambda ref: _is_free_barrier(ref) or wait(ref)
