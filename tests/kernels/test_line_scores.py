@@ -80,7 +80,7 @@ def test_line_scores_equal_brute_force(
 def test_hopper_kernel_over_several_chunks(heads, kv_heads, head_dim, kv_len):
     sizes = {"heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}
     q, k = random_qk(0, last_q=64, kv_len=kv_len, dtype=jnp.bfloat16, **sizes)
-    first, lengths = [kv_len - 64, 1990], [kv_len, 2050]
+    first, lengths = [kv_len - 64, 1980], [kv_len, 2040]
     run = jax.jit(
         lambda q, k: line_scores(
             q, k, first=jnp.asarray(first), lengths=jnp.asarray(lengths),
