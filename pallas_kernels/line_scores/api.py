@@ -4,6 +4,7 @@ from typing import Literal
 
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.common.checks import check_lengths
 from pallas_kernels.common.dispatch import choose
 from pallas_kernels.common.environment import not_hopper
 from pallas_kernels.line_scores import mosaic_gpu, reference, xla
@@ -36,11 +37,13 @@ def line_scores(
         `vertical` and `slash`, float32 [batch, heads, kv_len]; slash is indexed by distance.
 
     Raises:
-        ValueError: heads is not a multiple of kv_heads, or no implementation has that name.
+        ValueError: heads is not a multiple of kv_heads, `lengths` reach beyond the keys, or no
+            implementation has that name.
         NotImplementedError: the implementation asked for cannot serve this call; says why.
     """
     if q.shape[2] % k.shape[2]:
         raise ValueError(f"`q` heads ({q.shape[2]}) must be a multiple of `k` heads ({k.shape[2]})")
+    check_lengths(lengths, q.shape[0], k.shape[1])
     candidates = {
         "mosaic_gpu": (mosaic_gpu, not_hopper() or mosaic_gpu.unsupported(q, k)),
         "xla": (xla, None),
