@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Int, UInt8
+from jaxtyping import Array, Bool, Int
 
 from pallas_kernels.block_sparse_attention.index import ALIGNMENT, BlockSparseIndex
 from pallas_kernels.common.tiling import cdiv
@@ -27,8 +27,10 @@ _WORD = 32
 # Later than every key.
 _NEVER = np.iinfo(np.int32).max
 
-# Key tiles looked up at a time where lists are not shared: bounds memory.
-_LOOKUPS = 2**22
+# Where lists are not shared, key tiles looked up at a time: of all query tiles together, which
+# bounds memory, and of one query tile, which bounds what is done in vain for the shortest list.
+_LOOKUPS = 2**21
+_SLOTS = 64
 
 
 def column_bits(
@@ -59,8 +61,8 @@ def column_bits(
     slot = jnp.arange(ids.shape[2])[None, None, :]
     named = jnp.where(slot < index.column_count[..., None], ids, _NEVER)
     end = jnp.minimum(lengths[:, None], first_row[None, :] + index.block_q)
-    visible = jax.vmap(jax.vmap(_rank, in_axes=(0, None)))(named, end)
     over_heads = jax.vmap(_rank, in_axes=(0, None))
+    visible = jax.vmap(over_heads)(named, end)
     early = jax.vmap(over_heads, in_axes=(0, None))(named, first_row + 1)
 
     shared = _find_shared(index, first_row, end)
@@ -69,6 +71,8 @@ def column_bits(
         lambda: _covered_by_shared(index, shared, ids, first_row),
         lambda: _covered_by_any(index, named),
     )
+    covered = jnp.where(shared.nothing[..., None, None], 0, covered)
+    visible = jnp.where(shared.everything, 0, visible)
     word = jnp.arange(covered.shape[-1])[None, None, None, :]
     real = jnp.left_shift(1, jnp.clip(visible[..., None] - _WORD * word, 0, _WORD)) - 1
     bits = real[..., None, :] & ~covered
@@ -85,7 +89,17 @@ def _rank(named: Int[Array, " columns"], key: Int[Array, "*shape"]) -> Int[Array
 
 
 class _Shared(NamedTuple):
-    """Each head's shared list: that of its first query tile."""
+    """Each head's shared list of distances, and the query tiles that need none.
+
+    Attributes:
+        begin: its first entry.
+        count: its entries.
+        shift: how much later its tiles start for the second half of the rows.
+        nothing: query tiles without key tiles.
+        everything: query tiles whose key tiles hold all keys.
+        suffices: every query tile of every head with columns is one of these, or takes from the
+            shared list all tiles that reach key 0; and the table holds the distances of them all.
+    """
 
     begin: Int[Array, "batch heads"]
     count: Int[Array, "batch heads"]
@@ -96,19 +110,15 @@ class _Shared(NamedTuple):
 
 
 def _find_shared(index, first_row, end) -> _Shared:
-    """The lists of distances that heads share, and whether they say all about every column.
-
-    They do where each query tile of a head with columns takes from the shared list all that reach
-    key 0, or has no key tiles, or has every key (the last rows of tri-shape heads).
-    """
+    """The list of each head's first query tile, compared with those of the others."""
     begin, count, origin, shift = index.begin, index.count, index.origin, index.later()
     at = lambda slot: jnp.take_along_axis(
         index.entries, jnp.clip(slot, 0, index.entries.shape[2] - 1), axis=2
     )
     same = begin == begin[..., :1]
     most = jnp.max(jnp.where(same, count, 0), axis=2)
-    cut = at(begin + count) + origin + shift + index.block_kv > 0
-    follows = same & (shift == shift[..., :1]) & ((count == most[..., None]) | ~cut)
+    lacking = (count < most[..., None]) & (at(begin + count) + origin + shift + index.block_kv > 0)
+    follows = same & (shift == shift[..., :1]) & ~lacking
     follows &= origin == (first_row // ALIGNMENT * ALIGNMENT)[None, None, :]
     nothing = count == 0
     nearest, farthest = at(begin), at(begin + count - 1)
@@ -121,15 +131,18 @@ def _find_shared(index, first_row, end) -> _Shared:
 
 
 def _farthest(index):
-    """A distance that covers all keys, unless a few rows of many keys have few entries."""
+    """Distance that the table goes to, from shapes alone.
+
+    It takes in every key but where few rows of many keys have lists too short for all of them.
+    """
     return max(index.begin.shape[2] * index.block_q, index.entries.shape[2] * index.block_kv)
 
 
 def _covered_by_shared(index, shared: _Shared, ids, first_row):
     """Bits of covered columns [batch, heads, num_q_blocks, halves, words] from shared lists.
 
-    Distances count in granules of 8 keys, from a column on to the start of a query tile, plus one
-    query tile: a column may lie that far after it. Query tiles are `step` granules apart.
+    Distances are in granules of 8 keys, from a column to the start of a query tile, plus the
+    `step` granules of one query tile: columns inside it are not before its start.
     """
     step, width = index.block_q // ALIGNMENT, index.block_kv // ALIGNMENT
     capacity, tiles = index.entries.shape[2], index.begin.shape[2]
@@ -142,34 +155,24 @@ def _covered_by_shared(index, shared: _Shared, ids, first_row):
         used = (slot >= begin) & (slot < begin + count) & (distance >= 0)
         marks = jnp.zeros((size,), jnp.uint8)
         marks = marks.at[jnp.where(used, distance, size)].set(1, mode="drop")
-        table = lax.reduce_window(
-            marks, np.uint8(0), lax.max, (width,), (1,), ((0, width - 1),)
-        )
-        # A column's query tiles side by side, so that neighbouring threads read neighbours. The
-        # barrier keeps XLA from reading through the transpose instead.
+        table = lax.reduce_window(marks, np.uint8(0), lax.max, (width,), (1,), ((0, width - 1),))
+        # What successive query tiles read for a column, side by side: neighbouring threads read
+        # neighbouring bytes. Without the barrier XLA reads through the transpose instead.
         table = lax.optimization_barrier(table.reshape(rows, step).T.reshape(-1))
 
-        def one_half(half):
-            distance = step + first_row[0] // ALIGNMENT + half * shift // ALIGNMENT
-            row, phase = jnp.divmod(distance - ids // ALIGNMENT, step)
-            # Columns after the query tile read anything: they are not visible.
-            at = (phase * rows + row)[:, None] + jnp.arange(tiles)[None, :]
-            return _pack(table.at[at].get(mode="clip", wrap_negative_indices=False))
+        # From each column to the first query tile, for each half of its rows.
+        later = jnp.arange(index.halves) * (shift // ALIGNMENT)
+        distance = step + first_row[0] // ALIGNMENT + later[:, None] - ids[None, :] // ALIGNMENT
+        row, phase = jnp.divmod(distance, step)
+        # Columns after a query tile read anything: it does not see them.
+        at = (phase * rows + row)[:, :, None] + jnp.arange(tiles)[None, None, :]
+        hits = table.at[at].get(mode="clip", wrap_negative_indices=False)
+        octets = jnp.packbits(hits, axis=1, bitorder="little").transpose(2, 0, 1)
+        return lax.bitcast_convert_type(octets.reshape(*octets.shape[:2], -1, 4), jnp.int32)
 
-        return jnp.stack([one_half(half) for half in range(index.halves)], axis=1)
-
-    covered = jax.vmap(jax.vmap(one_head))(
+    return jax.vmap(jax.vmap(one_head))(
         index.entries, shared.begin, shared.count, shared.shift, ids
     )
-    nothing, everything = (x[..., None, None] for x in (shared.nothing, shared.everything))
-    return jnp.where(everything, -1, jnp.where(nothing, 0, covered))
-
-
-def _pack(bits: UInt8[Array, "columns tiles"]) -> Int[Array, "tiles words"]:
-    """Packs 32 columns into a word, the first lowest."""
-    columns, tiles = bits.shape
-    octets = jnp.packbits(bits, axis=0, bitorder="little").T
-    return lax.bitcast_convert_type(octets.reshape(tiles, columns // _WORD, 4), jnp.int32)
 
 
 def _covered_by_any(index, named):
@@ -177,7 +180,7 @@ def _covered_by_any(index, named):
     words = named.shape[2] // _WORD
     half = jnp.arange(index.halves)[None, None, None, :]
     origin = index.origin[..., None] + half * index.later()[..., None]
-    step = min(index.entries.shape[2], max(1, _LOOKUPS // origin.size))
+    step = min(_SLOTS, max(1, _LOOKUPS // origin.size))
     count = jnp.where(index.column_count[..., None] > 0, index.count, 0)
 
     def one_tile(edges, slot, begin, count, origin, entries, named):
@@ -201,8 +204,8 @@ def _covered_by_any(index, named):
 
     edges = jnp.zeros((*origin.shape, words, 2), jnp.int32)
     edges = lax.fori_loop(0, -(-jnp.max(count) // step), some_slots, edges)
-    # As one long number, the runs [first, end) of bits are the sum of 2^end - 2^first. From each
-    # word those take one that began in a word before and end in this or a later one.
+    # A run of bits from `first` to before `end` is the number 2^end - 2^first. Of the words of the
+    # sum, those into which a run goes on from the word before have lent it one.
     first, end = edges[..., 0], edges[..., 1]
     change = lax.population_count(first) - lax.population_count(end)
     return end - first - (jnp.cumsum(change, axis=-1) - change)

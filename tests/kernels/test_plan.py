@@ -19,7 +19,7 @@ CAPACITY = 128
 
 # Lists of distances of which each query tile takes all that reach key 0, or none, or every key.
 SHARED = ("lines", "uncut", "dense", "tri-shape", "empty", "padded")
-KINDS = (*SHARED, "trimmed", "blocks", "unlike")
+KINDS = (*SHARED, "trimmed", "blocks", "uneven", "moved")
 
 
 def descending(rng, first, last, block_kv):
@@ -40,8 +40,8 @@ def random_head(rng, kind, *, q_offset, shift, block_kv):
     begin, shifts = np.zeros(TILES, int), np.full(TILES, shift)
     near = descending(rng, BLOCK_Q, -end - 2 * block_kv, block_kv)
     everything = BLOCK_Q + 8 - block_kv * np.arange(1, (end + 2 * block_kv) // block_kv + 1)
-    reach = lambda entries, later: (
-        (origin[:, None] + later + entries[None, :] + block_kv > 0).sum(axis=1)
+    reach = lambda entries, later: (origin[:, None] + later + entries[None, :] + block_kv > 0).sum(
+        axis=1
     )
     entries, count = near, reach(near, shift)
     switched = np.arange(TILES) >= rng.integers(0, TILES)
@@ -66,7 +66,9 @@ def random_head(rng, kind, *, q_offset, shift, block_kv):
             begin = np.cumsum(count) - count
             entries = np.concatenate(starts)
             shifts = 8 * rng.integers(0, shift // 8 + 1, TILES)
-        case "unlike":  # distances, but not from where the query tile begins
+        case "uneven":
+            shifts = 8 * rng.integers(0, shift // 8 + 1, TILES)
+        case "moved":
             origin = origin + 8 * rng.integers(-3, 4, TILES)
             count = reach(near, shift)
     padded = np.full(CAPACITY, NO_TILE)
@@ -131,10 +133,32 @@ def uses_shared_lists(index, lengths, q_offset):
     return columns._find_shared(index, first_row, end).suffices
 
 
+def check_tiles(index, lists, lengths):
+    """Masked tiles are those that hold a key before 0, after a row or from `length` on."""
+    entries = np.asarray(index.entries)
+    begin, count, origin, shift, front, tail, first_row, length = np.moveaxis(lists, -1, 0)[:8]
+    kept = (index.begin, index.count, index.origin, index.later())
+    for got, want in zip((begin, count, origin, shift), kept, strict=True):
+        np.testing.assert_array_equal(got, want)
+    np.testing.assert_array_equal(
+        length, np.broadcast_to(np.reshape(lengths, (-1, 1, 1)), begin.shape)
+    )
+    for where in np.ndindex(*begin.shape):
+        at = slice(begin[where], begin[where] + count[where])
+        start = origin[where] + entries[where[:2]][at]
+        end = start + index.block_kv
+        early = start < 0
+        late = ((end > first_row[where] + 1) | (end + shift[where] > length[where])) & ~early
+        assert tail[where] == early.sum()
+        # One at least, for the pipeline's first item.
+        assert front[where] == max(late.sum(), tail[where] == 0)
+
+
 def check(index, lengths, q_offset):
-    """Every column of the plan against the definition."""
+    """Every field of the plan against the definition."""
     validate(index)
     plan = planned(index, jnp.asarray(lengths, jnp.int32), jnp.int32(q_offset))
+    check_tiles(index, np.asarray(plan.lists), lengths)
     want = visible_columns(index, lengths, q_offset)
     got = unpacked(plan.column_bits, index.halves)
     np.testing.assert_array_equal(got[..., :NUM_COLUMNS], want)
@@ -145,6 +169,7 @@ def check(index, lengths, q_offset):
     any_half = want.any(axis=3)
     np.testing.assert_array_equal(everything, np.where(any_half, tile + 1, 0).max(axis=-1))
     first_row = q_offset + BLOCK_Q * np.arange(TILES)
+    np.testing.assert_array_equal(plan.lists[0, 0, :, 6], first_row)
     ids, used = np.asarray(index.columns), np.arange(NUM_COLUMNS)
     before = ids[:, :, None, :] <= first_row[:, None]
     before &= used < np.asarray(index.column_count)[..., None, None]
@@ -177,12 +202,14 @@ def test_columns_equal_the_definition(block_kv, staggered, seed, kinds, q_offset
     check(index, lengths, q_offset)
 
 
-def test_distances_beyond_the_table():
-    """A few rows of many keys with few entries: shared lists, but not the table."""
-    lengths, q_offset = [20_000, 20_300], 20_001
+@pytest.mark.parametrize("kind", ["trimmed", "uneven", "moved", "lines"])
+def test_distances_alone_do_not_say_what_is_covered(kind):
+    """Shared lists all the same, but not every query tile's, or (lines) too far for the table."""
+    q_offset = 20_001 if kind == "lines" else 133
+    lengths = [q_offset + 380, q_offset + 200]
     index = random_index(
-        np.random.default_rng(0), ["lines", "uncut", "lines", "empty"], batch=2,
-        q_offset=q_offset, staggered=True, block_kv=96,
+        np.random.default_rng(0), [kind] * 4, batch=2, q_offset=q_offset, staggered=True,
+        block_kv=96,
     )  # fmt: skip
     assert not uses_shared_lists(index, jnp.asarray(lengths, jnp.int32), jnp.int32(q_offset))
     check(index, lengths, q_offset)
