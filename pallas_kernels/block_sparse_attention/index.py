@@ -197,10 +197,9 @@ def covered_columns(
     origin: Int[Array, ""],
     columns: Int[Array, " num_columns"],
     block_kv: int,
-    steps: Int[Array, ""] | None = None,
 ) -> Bool[Array, " num_columns"]:
-    """Which columns lie inside a tile of one head's query tile; see `tiles_after` for `steps`."""
-    after = tiles_after(entries, begin, count, origin, columns, steps)
+    """Which columns lie inside a tile of one head's query tile."""
+    after = tiles_after(entries, begin, count, origin, columns)
     at = jnp.minimum(begin + after, entries.shape[0] - 1)
     return (after < count) & (columns < origin + entries[at] + block_kv)
 
@@ -211,26 +210,15 @@ def tiles_after(
     count: Int[Array, " *#shape"],
     origin: Int[Array, " *#shape"],
     key: Int[Array, " *#shape"],
-    steps: Int[Array, ""] | None = None,
 ) -> Int[Array, " *#shape"]:
-    """How many tiles of a query tile start after a key, by binary search (starts descend).
-
-    `steps` is the number of bits of the largest count; None assumes that of the capacity.
-    """
+    """How many tiles of a query tile start after a key, by binary search (starts descend)."""
     capacity = entries.shape[0]
-    shape = jnp.broadcast_shapes(jnp.shape(begin), jnp.shape(key))
-
-    def refine(bit, found):
-        more = found + jnp.left_shift(1, bit)
+    found = jnp.zeros(jnp.broadcast_shapes(jnp.shape(begin), jnp.shape(key)), jnp.int32)
+    for bit in reversed(range(capacity.bit_length())):
+        more = found + (1 << bit)
         start = origin + entries[jnp.clip(begin + more - 1, 0, capacity - 1)]
-        return jnp.where((more <= count) & (start > key), more, found)
-
-    found = jnp.zeros(shape, jnp.int32)
-    if steps is None:
-        for bit in reversed(range(capacity.bit_length())):
-            found = refine(bit, found)
-        return found
-    return jax.lax.fori_loop(0, steps, lambda i, found: refine(steps - 1 - i, found), found)
+        found = jnp.where((more <= count) & (start > key), more, found)
+    return found
 
 
 def validate(index: BlockSparseIndex) -> None:

@@ -1,25 +1,18 @@
 """What the kernel reads for each query tile, worked out from the index before the launch."""
 
 import dataclasses
-import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from pallas_kernels.block_sparse_attention.index import (
-    BlockSparseIndex,
-    covered_columns,
-    tiles_after,
-)
+from pallas_kernels.block_sparse_attention.columns import column_bits
+from pallas_kernels.block_sparse_attention.index import BlockSparseIndex, tiles_after
 from pallas_kernels.common.tiling import round_up
 
 # begin, count, origin, shift, front, tail, first_row, length, columns_full, columns_all.
 FIELDS = 10
-
-# (query tile, column) pairs worked on at a time.
-_ELEMENTS = 2**24
 
 
 class Plan(NamedTuple):
@@ -53,7 +46,7 @@ def make_plan(
     padding = round_up(num_columns, index.block_kv) - num_columns
     ids = jnp.pad(index.columns, ((0, 0), (0, 0), (0, padding)))
     if num_columns:
-        bits, full, everything = _see_columns(index, ids, lengths, first_row)
+        bits, full, everything = column_bits(index, ids, lengths=lengths, first_row=first_row)
     else:
         bits, full, everything = (
             jnp.zeros((*begin.shape, 0), jnp.int32),
@@ -64,46 +57,6 @@ def make_plan(
         lengths[:, None, None], full, everything,
     )  # fmt: skip
     return Plan(jnp.stack([jnp.broadcast_to(x, begin.shape) for x in fields], axis=-1), ids, bits)
-
-
-def _see_columns(index, ids, lengths, first_row):
-    """Bits of the columns that each query tile sees, and its tiles of columns: early ones, all."""
-    block_q, block_kv, halves = index.block_q, index.block_kv, index.halves
-    column = jnp.arange(ids.shape[2])
-    steps = 32 - jax.lax.clz(jnp.max(index.count))
-
-    def one_tile(first_row, begin, count, origin, shift, entries, ids, column_count, length):
-        named = column < column_count
-        real = named & (ids < length) & (ids < first_row + block_q)
-        uses = [
-            real & ~covered_columns(entries, begin, count, origin + h * shift, ids, block_kv, steps)
-            for h in range(halves)
-        ]
-        shifted = [jnp.left_shift(use.astype(jnp.int32), column % 32) for use in uses]
-        bits = jnp.concatenate([jnp.sum(x.reshape(-1, 32), axis=1) for x in shifted])
-        end = jnp.max(jnp.where(functools.reduce(jnp.logical_or, uses), column + 1, 0))
-        return bits, end, jnp.sum(named & (ids <= first_row))
-
-    over_heads = jax.vmap(one_tile, in_axes=(None, 0, 0, 0, 0, 0, 0, 0, None))
-    over_batch = jax.vmap(over_heads, in_axes=(None, 0, 0, 0, 0, 0, 0, 0, 0))
-    lists = (index.begin, index.count, index.origin, index.later())
-
-    def see(tile):
-        first_row, begin, count, origin, shift = tile
-        return over_batch(
-            first_row, begin, count, origin, shift, index.entries, ids, index.column_count, lengths
-        )
-
-    # Some query tiles at a time, so that memory does not grow with rows times columns.
-    bits, end, early = jax.lax.map(
-        see,
-        (first_row, *(jnp.moveaxis(x, 2, 0) for x in lists)),
-        batch_size=max(1, _ELEMENTS // ids.size),
-    )
-    bits, end, early = (jnp.moveaxis(x, 0, 2) for x in (bits, end, early))
-    everything = -(-end // block_kv)
-    full = jnp.where(end <= early, everything, jnp.minimum(early // block_kv, everything))
-    return bits, full.astype(jnp.int32), everything.astype(jnp.int32)
 
 
 def gather_columns(k, v, index: BlockSparseIndex):

@@ -26,6 +26,8 @@ SHAPES = [
     (150, 150, 64, 32, False),
     (101, 101, 16, 32, True),
     (45, 130, 32, 64, True),
+    (101, 205, 32, 96, False),
+    (101, 205, 64, 96, True),
 ]
 
 sizes = st.integers(0, 160)
@@ -123,21 +125,22 @@ def test_visited_mask_equals_brute_force(shape, heads, cut, seed):
 cut_into_tiles = jax.jit(tiles_of_distances, static_argnames=("block_q", "block_kv"))
 
 
+@pytest.mark.parametrize("block_kv", [64, 96])
 @settings(max_examples=50, deadline=None)
 @given(seed=st.integers(0, 10_000), shift=st.integers(0, 7))
-def test_slashes_are_complete_but_for_four_rows_of_a_tile(seed, shift):
+def test_slashes_are_complete_but_for_four_rows_of_a_tile(block_kv, seed, shift):
     rng = np.random.default_rng(seed)
-    kv_len, block = 512, 64
+    kv_len, block_q = 512, 64
     chosen = np.zeros(kv_len, bool)
     chosen[rng.choice(kv_len, size=int(rng.integers(1, 40)), replace=False)] = True
     entries = np.asarray(
-        cut_into_tiles(jnp.asarray(chosen), jnp.int32(shift), block_q=block, block_kv=block)
+        cut_into_tiles(jnp.asarray(chosen), jnp.int32(shift), block_q=block_q, block_kv=block_kv)
     )
     starts = entries[entries > -(2**30)]
-    visited = np.zeros((block, 2 * kv_len), bool)  # row, distance + kv_len
+    visited = np.zeros((block_q, 2 * kv_len), bool)  # row, distance + kv_len
     for start in starts:
-        for row in range(block):
-            distance = shift + row - np.arange(start, start + block)
+        for row in range(block_q):
+            distance = shift + row - np.arange(start, start + block_kv)
             visited[row, distance[np.abs(distance) < kv_len] + kv_len] = True
     assert visited[:, kv_len].all(), "a row must see itself"
     missed = (~visited[:, kv_len:][:, chosen]).sum(axis=0)
