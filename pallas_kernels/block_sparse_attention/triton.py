@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.block_sparse_attention import plan as planning
-from pallas_kernels.block_sparse_attention.index import BlockSparseIndex, num_q_blocks, tiles_after
+from pallas_kernels.block_sparse_attention.index import BlockSparseIndex
+from pallas_kernels.block_sparse_attention.plan import Plan, gather_columns, make_plan
 from pallas_kernels.common.environment import default_device
 
 HEAD_DIMS = (64, 96, 128, 256)
@@ -39,26 +39,27 @@ class Config:
     num_stages: int
 
 
-# By head_dim (padded to a power of two) and rows of a query tile, 64 standing for fewer than 128:
-# block_m, block_n, num_warps, num_stages.
+# By head_dim (padded to a power of two) and rows that share a list (64 standing for all that 128
+# does not divide, as the halves of staggered tiles): block_m, block_n, num_warps, num_stages.
 _CONFIGS = {
     (64, 128): (128, 64, 4, 3),
     (64, 64): (64, 64, 4, 3),
     (128, 128): (128, 64, 8, 3),
     (128, 64): (64, 64, 4, 3),
     (256, 128): (128, 32, 8, 3),
-    (256, 64): (64, 64, 8, 2),
+    (256, 64): (64, 32, 4, 2),
 }
-# What differs where a block has 99 KB of shared memory (8.6, 8.9 and 12.x).
-_SMALL = {(256, 128): (64, 32, 4, 2), (256, 64): (64, 32, 4, 2)}
+# Where a block has 99 KB of shared memory instead of 163: 8.6, 8.9 and 12.x.
+_SMALL = _CONFIGS | {(256, 128): (128, 32, 8, 2)}
 
 
-def default_config(head_dim: int, block_q: int, compute_capability: int) -> Config:
-    """The choice for a head size, rows of a query tile and compute capability (80 for 8.0)."""
-    key = _padded(head_dim), 128 if block_q % 128 == 0 else 64
+def default_config(head_dim: int, rows: int, compute_capability: int) -> Config:
+    """The choice for a head size, rows that share a list and compute capability (80 for 8.0)."""
     small = compute_capability in (86, 89) or compute_capability >= 120
-    choice = _SMALL.get(key, _CONFIGS[key]) if small else _CONFIGS[key]
-    block_m, block_n, num_warps, num_stages = choice
+    table = _SMALL if small else _CONFIGS
+    block_m, block_n, num_warps, num_stages = table[
+        _padded(head_dim), 128 if rows % 128 == 0 else 64
+    ]
     return Config(block_m=block_m, block_n=block_n, num_warps=num_warps, num_stages=num_stages)
 
 
@@ -93,11 +94,10 @@ def block_sparse_attention(
     reason = _unsupported(q, k, v, index, compute_capability)
     if reason is not None or compute_capability is None:
         raise NotImplementedError(f"the Triton kernel {reason}")
-    index = unstagger(index, q.shape[1])
     if config is None:
-        config = default_config(q.shape[3], index.block_q, compute_capability)
-    lists, columns = _schedule(index, lengths, q_offset)
-    return _launch(q, k, v, index, lengths, lists, columns, config, compute_capability)
+        config = default_config(q.shape[3], index.block_q // index.halves, compute_capability)
+    plan = make_plan(index, lengths=lengths, q_offset=q_offset)
+    return _launch(q, k, v, index, lengths, plan, config, compute_capability)
 
 
 def unsupported(q: Array, k: Array, v: Array, index: BlockSparseIndex) -> str | None:
@@ -134,77 +134,29 @@ def _unsupported(q, k, v, index, capability: int | None) -> str | None:
     return None
 
 
-def unstagger(index: BlockSparseIndex, q_len: int) -> BlockSparseIndex:
-    """The same visits with half as many rows a query tile, so that all its rows share one list."""
-    if index.shift is None:
-        return index
-    block_q = index.block_q // 2
-    tiles = num_q_blocks(q_len, block_q)
-    both = lambda first, second: jnp.stack([first, second], axis=3).reshape(*first.shape[:2], -1)[
-        ..., :tiles
-    ]
-    return dataclasses.replace(
-        index,
-        begin=both(index.begin, index.begin),
-        count=both(index.count, index.count),
-        origin=both(index.origin, index.origin + index.shift),
-        shift=None,
-        block_q=block_q,
-    )
-
-
-def _schedule(index, lengths, q_offset):
-    """Scalars of each query tile [batch, heads, tiles, 8], and its columns: ids and bits."""
-    capacity = index.entries.shape[2]
-    plan = planning.make_plan(index, lengths=lengths, q_offset=q_offset)
-
-    def one_head(entries, begin, count, origin, bits, length):
-        first_row = q_offset + jnp.arange(begin.shape[0]) * index.block_q
-        begin = jnp.clip(begin, 0, capacity - 1)
-        # Tiles that hold a key before 0 come last, those with a future or padding key first.
-        tail = count - tiles_after(entries, begin, count, origin, jnp.int32(-1))
-        limit = jnp.minimum(first_row + 1, length) - index.block_kv
-        front = tiles_after(entries, begin, count, origin, limit)
-        front = jnp.minimum(front, count - tail)
-        word = jnp.arange(1, bits.shape[1] + 1)
-        columns = jnp.max(jnp.where(bits != 0, word[None, :], 0), axis=1, initial=0) * _WORD
-        fields = (begin, count, origin, front, tail, first_row, length, columns)
-        return jnp.stack([jnp.broadcast_to(x, begin.shape) for x in fields], axis=1)
-
-    over_heads = jax.vmap(jax.vmap(one_head, in_axes=(0, 0, 0, 0, 0, None)))
-    lists = over_heads(
-        index.entries, index.begin, index.count, index.origin, plan.column_bits, lengths
-    )
-    return lists.astype(jnp.int32), (plan.column_ids, plan.column_bits)
-
-
-def _launch(q, k, v, index, lengths, lists, columns, config, capability):
+def _launch(q, k, v, index, lengths, plan: Plan, config: Config, capability: int):
     batch, q_len, heads, head_dim = q.shape
     kv_len, kv_heads = k.shape[1:3]
     triton_call, kernel = _import_triton()
+    lists, ids, bits = plan
     tiles = lists.shape[2]
-    block_m = min(config.block_m, _power_of_two_divisor(index.block_q))
+    block_m = min(config.block_m, _power_of_two_divisor(index.block_q // index.halves))
     block_n = min(config.block_n, _power_of_two_divisor(index.block_kv))
-    ids, bits = columns
     has_columns = ids.shape[2] > 0
     if has_columns:
         # A column past the end is masked by its bit, but its value must be finite: take key 0.
         inside = jnp.where(index.columns < lengths[:, None, None], index.columns, 0)
-        gathered = planning.gather_columns(k, v, dataclasses.replace(index, columns=inside))
+        columns = gather_columns(k, v, dataclasses.replace(index, columns=inside))
     else:
-        gathered, ids, bits = (k, v), index.entries, index.entries
-    # Key/value heads with the longest lists first.
-    work = jnp.sum(lists[..., 1] * index.block_kv + lists[..., 7], axis=2, dtype=jnp.float32)
-    order = jnp.argsort(-jnp.sum(work.reshape(batch * kv_heads, -1), axis=1)).astype(jnp.int32)
-    out = (
-        jax.ShapeDtypeStruct(q.shape, q.dtype),
-        jax.ShapeDtypeStruct((batch, heads, q_len), jnp.float32),
-    )
+        columns, ids, bits = (k, v), index.entries, index.entries
     return triton_call(
-        q, k, v, index.entries, lists, order, *gathered, ids, bits,
+        q, k, v, index.entries, lists, *columns, ids, bits,
         q_len, kv_len, tiles, index.entries.shape[2], ids.shape[2],
         kernel=kernel,
-        out=out,
+        out=(
+            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            jax.ShapeDtypeStruct((batch, heads, q_len), jnp.float32),
+        ),
         grid=(batch * heads * tiles * (index.block_q // block_m),),
         name="block_sparse_attention",
         num_warps=config.num_warps,
@@ -219,9 +171,21 @@ def _launch(q, k, v, index, lengths, lists, columns, config, capability):
         BLOCK_KV=index.block_kv,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
+        WIDTH=_slice_width(head_dim, block_m, capability),
+        HALVES=index.halves,
         HAS_COLUMNS=has_columns,
         FIELDS=lists.shape[3],
     )  # fmt: skip
+
+
+def _slice_width(head_dim: int, block_m: int, capability: int) -> int:
+    """Dimensions of the output that one product adds to.
+
+    With mma.sync (before 9.0, and 12.x) slices are no wider than they have rows: only then does
+    Triton give each warp whole rows of both products, so that the softmax stays within a warp.
+    """
+    width = _padded(head_dim)
+    return width if 90 <= capability < 120 else min(width, max(block_m, 64))
 
 
 def _device_capability() -> int | None:

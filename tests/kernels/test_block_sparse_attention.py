@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 
 from pallas_kernels import BlockSparseIndex, block_sparse_attention
 from pallas_kernels.block_sparse_attention.index import NO_TILE, validate
+from pallas_kernels.block_sparse_attention.unstagger import unstagger
 from tests.helpers import assert_attention_close, causal_mask, masked_attention, random_qkv
+from tests.kernels.attention_cases import mixed_index
 
 IMPLEMENTATIONS = ("reference", "xla")
 
@@ -159,6 +161,15 @@ def test_density_counts_the_mask(seed, implementation):
     want = (mask & real[:, None, :, None]).sum(axis=(2, 3)) / causal[:, None]
     got = jax.jit(lambda i, n: i.density(40, 72, lengths=n))(index, jnp.asarray(lengths))
     np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("q_len", "kv_len"), [(1, 1), (190, 401)])
+def test_unstaggered_index_has_the_same_mask(q_len, kv_len):
+    index = mixed_index(2, 4, q_len, kv_len, block_kv=128, staggered=True)
+    plain = unstagger(index, q_len)
+    assert not plain.staggered
+    validate(plain)
+    np.testing.assert_array_equal(plain.to_mask(q_len, kv_len), index.to_mask(q_len, kv_len))
 
 
 def test_repetition_is_bitwise_equal():
