@@ -73,15 +73,20 @@ def share_shapes(
 
 def add_kernel(
     programs: Programs, q: Array, k: Array, v: Array, index: BlockSparseIndex,
-    implementation: Implementation | None,
+    implementation: Implementation | None, *, alone: bool = True,
 ) -> None:  # fmt: skip
-    """Adds what `measure_kernel` runs; `index` may be shapes."""
-    attend = functools.partial(block_sparse_attention, implementation=implementation)
-    programs.add("attend", attend, q, k, v, index)
+    """Adds what `measure_kernel` runs; without `alone`, only what checks and counts.
+
+    `index` may be shapes.
+    """
     programs.add("gate", gate, q, q, k, v, index)
     lengths, q_offset = jnp.full((1,), k.shape[1], jnp.int32), jnp.int32(0)
     plan = functools.partial(make_plan, lengths=lengths, q_offset=q_offset)
     programs.add("plan", plan, index)
+    if not alone:
+        return
+    attend = functools.partial(block_sparse_attention, implementation=implementation)
+    programs.add("attend", attend, q, k, v, index)
     if index.columns.shape[2]:
         programs.add("gather", gather_columns, k, v, index)
 
@@ -100,17 +105,14 @@ def measure_kernel(
         figures.update(judge(programs.get("gate", q, q, k, v, index)(out, q, k, v, index)))
 
     runs = time_calls(programs.get("attend", q, k, v, index), q, k, v, index, check=check)
-    plan = programs.get("plan", index)
-    column_tiles = np.asarray(plan(index).lists)[..., -1].sum(dtype=np.float64)
-    tiles = np.asarray(index.count).sum(dtype=np.float64) + column_tiles
-    executed = tiles * index.block_q * index.block_kv
+    executed = executed_keys(programs, index)
     gather = 0.0
     if index.columns.shape[2]:
         gather = np.median(time_calls(programs.get("gather", k, v, index), k, v, index))
     return {
         "ms": np.median(runs) * 1e3,
         "runs_ms": [seconds * 1e3 for seconds in runs],
-        "plan_ms": np.median(time_calls(plan, index)) * 1e3,
+        "plan_ms": np.median(time_calls(programs.get("plan", index), index)) * 1e3,
         "gather_ms": gather * 1e3,
         "tflops": 4 * q.shape[3] * executed / np.median(runs) / 1e12,
         "keys_per_row": executed / q.shape[1] / q.shape[2],
@@ -118,6 +120,13 @@ def measure_kernel(
         "block_kv": index.block_kv,
         "capacities": [index.entries.shape[2], index.columns.shape[2]],
     }
+
+
+def executed_keys(programs: Programs, index: BlockSparseIndex) -> float:
+    """(Query, key) pairs that the kernel computes: whole key tiles and tiles of columns."""
+    column_tiles = np.asarray(programs.get("plan", index)(index).lists)[..., -1]
+    tiles = np.asarray(index.count).sum(dtype=np.float64) + column_tiles.sum(dtype=np.float64)
+    return float(tiles * index.block_q * index.block_kv)
 
 
 def judge(gate: tuple[Array, Array]) -> dict[str, float]:
