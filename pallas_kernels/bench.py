@@ -107,7 +107,10 @@ def main(arguments: list[str] | None = None) -> None:
 def _bench_length(options: argparse.Namespace, kv_len: int) -> Iterator[dict]:
     shape = {"kv_len": kv_len, "heads": options.heads, "kv_heads": options.kv_heads,
              "head_dim": options.head_dim, "dtype": options.dtype}  # fmt: skip
-    q, k, v = random_qkv(kv_len, options.heads, options.kv_heads, options.head_dim, options.dtype)
+    draw = lambda key: random_qkv(
+        key, kv_len, options.heads, options.kv_heads, options.head_dim, options.dtype
+    )
+    q, k, v = jax.jit(draw)(jax.random.key(0))
     chosen = [
         workload
         for workload in workloads(options.spreads, options.block_kv, plain=options.plain)

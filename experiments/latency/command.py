@@ -31,7 +31,8 @@ _LAYERS: dict[LayerName, Callable[[], DecoderConfig]] = {
 }
 _LENGTHS = {
     "layer": (8192, 32768, 131072),
-    "table": (8192, 32768, 131072, 524288, 1048576),
+    # What most lines of the table of aims need comes first.
+    "table": (131072, 1048576, 32768, 8192, 524288),
 }
 
 

@@ -55,4 +55,5 @@ def structured_qkv(
     # One group of heads after another: float32 for all of them would not fit at a million tokens.
     arrays = jax.lax.map(one_group, jax.random.split(key, num_kv_heads))
     heads_last = lambda x: jnp.moveaxis(x, 0, 2).reshape(1, length, -1, head_dim)
-    return tuple(heads_last(x) for x in arrays)
+    q, k, v = (heads_last(x) for x in arrays)
+    return q, k, v

@@ -30,7 +30,7 @@ def save_lines(
         for kind, mask in zip(("columns", "distances"), masks, strict=True):
             heads = np.linspace(0, len(mask) - 1, min(_HEADS, len(mask))).astype(int)
             arrays[f"{kind}-{name}"] = np.packbits(mask[heads], axis=1)
-    np.savez_compressed(path, **arrays)
+    np.savez_compressed(path, allow_pickle=False, **arrays)
 
 
 def real_lines(path: Path, length: int, block_kvs: tuple[int, ...]) -> list[Workload]:

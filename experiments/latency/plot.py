@@ -4,6 +4,7 @@ import textwrap
 from pathlib import Path
 
 from matplotlib.axes import Axes
+from matplotlib.ticker import PercentFormatter
 
 from experiments.common.plotting import new_figure, save
 from experiments.latency.rows import Figures, Point, Rows
@@ -54,16 +55,17 @@ def split_picture(rows: Rows, path: Path) -> Path | None:
         shares = [_parts(row)[number] / sum(_parts(row)) for _, row in split]
         axes.bar(range(len(split)), shares, 0.7, below, color=f"C{number}", label=part)
         for at, share in enumerate(shares):
-            if share >= 0.04:
-                text = f"{_parts(split[at][1])[number]:.2g}"
+            if share >= 0.03:
+                text = _brief(_parts(split[at][1])[number])
                 axes.text(at, below[at] + share / 2, text, ha="center", va="center", fontsize=7)
         below = [low + share for low, share in zip(below, shares, strict=True)]
     for at, (_, row) in enumerate(split):
-        axes.text(at, 1.01, f"{row['ms']:.3g}", ha="center", va="bottom", fontsize=8)
+        axes.text(at, 1.01, _brief(row["ms"]), ha="center", va="bottom", fontsize=8)
     names = {point.name for point, _ in split}
     label = lambda p: short(p.length) + ("" if len(names) == 1 else f"\n{_title(p.name)}")
     axes.set_xticks(range(len(split)), [label(point) for point, _ in split])
     axes.set(ylabel="share of the parts' time", ylim=(0, 1.08), xlabel="tokens")
+    axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
     axes.set_title(
         f"milliseconds of {_title(split[0][0].name) if len(names) == 1 else 'each layer'}: "
         f"parts timed apart,\nabove the bars the whole layer",
@@ -89,14 +91,20 @@ def _place(point: Point) -> tuple[str, str]:
         panel, rest = "-".join(words[:3]), " ".join(words[3:])
     if point.level == "layer":
         return panel, _LAYER
-    return panel, f"{rest} lists given".strip()
+    return panel, f"{rest}, lists given" if rest else "lists given"
 
 
 def _title(name: str) -> str:
-    words = name.split("-")
-    if words[0] == "lines":
-        return f"lines ({', '.join(words[1:3])})"
-    return textwrap.fill(name, 48)
+    kind, *sizes = name.split("-")
+    known = {"lines": "lines", "a_shape": "A-shape", "blocks": "block-sparse, blocks"}
+    if kind in known and sizes:
+        return f"{known[kind]} ({', '.join(sizes)})"
+    return textwrap.fill("dense through our kernel" if name == "dense" else name, 48)
+
+
+def _brief(value: float) -> str:
+    """Two or three digits, without an exponent."""
+    return f"{value:.0f}" if value >= 10 else f"{value:.1f}" if value >= 1 else f"{value:.2f}"
 
 
 def _draw_panel(
@@ -124,7 +132,7 @@ def _draw_panel(
             for point, row in points:
                 if "speedup" in row:
                     axes.annotate(
-                        f"{row['speedup']:.2g} x", (point.length, row["ms"]), (4, -9),
+                        f"{_brief(row['speedup'])} x", (point.length, row["ms"]), (4, -9),
                         textcoords="offset points", fontsize=7,
                     )  # fmt: skip
     axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="milliseconds")
@@ -132,6 +140,7 @@ def _draw_panel(
     ticks = sorted(lengths)
     axes.set_xticks(ticks, [short(length) for length in ticks])
     axes.minorticks_off()
+    axes.margins(x=0.08, y=0.08)
     axes.grid(visible=True, alpha=0.3)
     axes.legend(frameon=False, fontsize=6.5)
 

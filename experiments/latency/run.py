@@ -3,11 +3,12 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Collection, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 from rich.console import Console
 
 from experiments.common.measure import stage
@@ -16,6 +17,7 @@ from experiments.latency.layer import LayerCase, add_layer, index_shapes, measur
 from experiments.latency.peers import add_jax_dense, jax_dense_name, other_peers
 from experiments.latency.rows import Figures, Level, Point
 from models.common.config import DecoderConfig
+from pallas_kernels import BlockSparseIndex
 from pallas_kernels.bench import Workload
 from pallas_kernels.block_sparse_attention.measure import (
     WrongResult,
@@ -68,82 +70,102 @@ def measure_length(
 ) -> Iterator[tuple[Point, Figures]]:
     """Yields each point's figures as soon as they are there.
 
-    A figure `skipped` or `wrong` in place of times says why there are none. Every other row gets
-    `cudnn_ms`, `rate_ratio` (its TFLOP/s over the dense peer's) and `speedup` (the peer's time over
-    its own), and whether the peer was timed in this run.
+    A figure `skipped` or `wrong` in place of times says why there are none. Rows also get
+    `dense_ms` (JAX's own dense attention), `rate_ratio` (their TFLOP/s over its), `speedup` (its
+    time over theirs), and whether it was timed in this run.
 
     Args:
         suite: what to measure.
         length: tokens.
         done: points that need no measuring.
-        known: figures of the dense peer from an earlier run, for where it is not timed now.
+        known: figures of JAX's dense attention from an earlier run, for where it is not timed now.
         console: where progress is shown.
     """
     point = functools.partial(suite.point, length=length)
     workloads = [w for w in suite.workloads if point("kernel", w.name) not in done]
     layers = [case for case in suite.layers if point("layer", case.name) not in done]
-    config = suite.config
-    shape = (length, config.num_heads, config.num_kv_heads, config.head_dim, suite.dtype)
-    peers_wanted = length <= suite.longest_peer
-    if not workloads and not layers and (known is not None or not peers_wanted):
+    peers = length <= suite.longest_peer
+    if not workloads and not layers and (known is not None or not peers):
         return
-    programs = Programs()
-    q, k, v = random_qkv(*shape)
-    draw = functools.partial(
-        structured_qkv, length=length, num_heads=config.num_heads,
-        num_kv_heads=config.num_kv_heads, head_dim=config.head_dim, dtype=jnp.dtype(suite.dtype),
-    )  # fmt: skip
     key = jax.random.key(suite.seed)
     with stage(console, f"{length:,} tokens: compiling"):
-        reason = add_jax_dense(programs, q, k, v) if peers_wanted else "not asked for"
-        indices = share_shapes(
-            [workload.build(config.num_heads, length) for workload in workloads],
-            like=tuple(index_shapes(case, q, k, v) for case in layers),
-        )
-        for index in indices:
-            add_kernel(programs, q, k, v, index, None)
-        for case in layers:
-            add_layer(programs, q, k, v, case)
-        programs.add("inputs", draw, key)
-        programs.compile()
+        indices = [workload.build(suite.config.num_heads, length) for workload in workloads]
+        ready = _compile(suite, length, indices, layers, key, peers=peers)
+    programs, indices = ready.programs, ready.indices
 
-    peer, same_run = known, False
-    if reason is None:
+    q, k, v = programs.get("random inputs", key)(key)
+    peer = known
+    if ready.no_dense is None:
         seconds = time_calls(programs.get(jax_dense_name(), q, k, v), q, k, v)
-        peer, same_run = _peer_figures(seconds, q), True
+        peer = _dense_figures({"seconds": seconds}, q)
         yield point("peer", jax_dense_name()), peer
     else:
-        yield point("peer", jax_dense_name()), {"skipped": reason}
-    against = functools.partial(_against, peer=peer, same_run=same_run)
-    if peers_wanted:
-        for name, times in other_peers(q, k, v).items():
-            ran = "seconds" in times
-            yield (
-                point("peer", name),
-                (
-                    against(_peer_figures(times["seconds"], q)) | {"version": times.get("version")}
-                    if ran
-                    else times
-                ),
-            )
+        yield point("peer", jax_dense_name()), {"skipped": ready.no_dense}
+    against = functools.partial(_against, peer=peer, same_run=ready.no_dense is None)
+    for name, times in other_peers(q, k, v).items() if peers else ():
+        yield point("peer", name), against(_dense_figures(times, q))
     for workload, index in zip(workloads, indices, strict=True):
         figures = _guarded(measure_kernel, programs, q, k, v, index)
         if workload.name == "dense" and "ms" in figures:
             figures["tflops"] = causal_flops(q) / figures["ms"] / 1e9
         yield point("kernel", workload.name), against(figures)
+    if not layers:
+        return
+    del q, k, v
+    q, k, v = programs.get("structured inputs", key)(key)
+    for case in layers:
+        figures = _guarded(measure_layer, programs, q, k, v, case)
+        yield point("layer", case.name), against(figures)
+
+
+class _Ready(NamedTuple):
+    programs: Programs
+    indices: list[BlockSparseIndex]
+    no_dense: str | None
+
+
+def _compile(
+    suite: Suite,
+    length: int,
+    indices: list[BlockSparseIndex],
+    layers: list[LayerCase],
+    key: Array,
+    *,
+    peers: bool,
+) -> _Ready:
+    """Compiles all programs of a length; the indices come back with shared shapes."""
+    config = suite.config
+    programs = Programs()
+    random = lambda key: random_qkv(
+        key, length, config.num_heads, config.num_kv_heads, config.head_dim, suite.dtype
+    )
+    q, k, v = jax.eval_shape(random, key)
+    programs.add("random inputs", random, key)
+    no_dense = add_jax_dense(programs, q, k, v) if peers else "not asked for"
+    like = tuple(index_shapes(case, q, k, v) for case in layers)
+    indices = share_shapes(indices, like=like)
+    for index in indices:
+        add_kernel(programs, q, k, v, index, None)
+    for case in layers:
+        add_layer(programs, q, k, v, case)
     if layers:
-        del q, k, v
-        q, k, v = programs.get("inputs", key)(key)
-        for case in layers:
-            yield (
-                point("layer", case.name),
-                against(_guarded(measure_layer, programs, q, k, v, case)),
-            )
+        structured = functools.partial(
+            structured_qkv, length=length, num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads, head_dim=config.head_dim,
+            dtype=jnp.dtype(suite.dtype),
+        )  # fmt: skip
+        programs.add("structured inputs", structured, key)
+    programs.compile()
+    return _Ready(programs, indices, no_dense)
 
 
-def _peer_figures(seconds: list[float], q) -> Figures:
+def _dense_figures(times: Figures, q: Array) -> Figures:
+    """The figures of a dense peer from its `seconds`; others stay as they are."""
+    if "seconds" not in times:
+        return times
+    seconds = times["seconds"]
     median = float(np.median(seconds))
-    return {
+    return {name: value for name, value in times.items() if name != "seconds"} | {
         "ms": median * 1e3,
         "runs_ms": [1e3 * s for s in seconds],
         "tflops": causal_flops(q) / median / 1e12,

@@ -67,7 +67,7 @@ def aims_markdown(rows: Rows, visited: list[dict[str, Any]]) -> str:
 
 
 def rows_markdown(rows: Rows) -> str:
-    """Every row of a record."""
+    """Every row of a record; a star marks a speed-up over a peer that was timed in another run."""
     heads = (
         "tokens", "what", "name", "ms", "keys visited", "keys executed for a row",
         "TFLOP/s", "of dense rate", "speed-up over dense", "estimation", "index", "plan", "gather",
@@ -87,8 +87,9 @@ def rows_markdown(rows: Rows) -> str:
                 f"{row['density']:.2%}" if "density" in row else "",
                 f"{row['keys_per_row']:,.0f}" if "keys_per_row" in row else "",
                 f"{row['tflops']:.0f}",
-                *(part(name) for name in ("rate_ratio", "speedup", "estimation_ms", "index_ms")),
-                *(part(name) for name in ("plan_ms", "gather_ms")),
+                part("rate_ratio"),
+                part("speedup") + ("" if row.get("dense_in_same_run", True) else "*"),
+                *(part(f"{name}_ms") for name in ("estimation", "index", "plan", "gather")),
             )
         )
     return "\n".join(lines)

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -71,32 +72,33 @@ class Visited:
                 f"model's context is {model.config.max_position}; choose other --lengths"
             )
         patterns = self._patterns(model.config.num_heads)
+        digest = hashlib.sha256(text.encode()).hexdigest()
         for length in self.lengths:
             with stage(progress, f"reading {length:,} tokens, counting"):
                 counted = read_lines(model, tokens[:, :length], patterns, self.block_kv)
-                result = {
-                    f"{columns}-{slashes}": figures(counted, number, length)
-                    for number, (columns, slashes) in enumerate(self.budgets)
+                budgets = {
+                    name: figures(counted, number, length)
+                    for number, name in enumerate(self._names())
                 }
-            console.print(_table(length, result))
+            console.print(_table(length, budgets))
             if self.record is not None:
-                digest = hashlib.sha256(text.encode()).hexdigest()
+                result = {"length": length, "text_sha256": digest, "budgets": budgets}
                 append_record(
-                    self.record, kind="visited", argv=sys.argv, config=self,
-                    result={"length": length, "text_sha256": digest, "budgets": result},
-                )  # fmt: skip
-        if self.save_lines is not None:
-            heads_of = lambda x, budget: x[:, budget].reshape(-1, x.shape[-1])
-            save_lines(
-                self.save_lines,
-                self.lengths[-1],
-                {
-                    f"lines-{columns}-{slashes}": tuple(
-                        heads_of(counted[kind], number) for kind in ("columns", "distances")
-                    )
-                    for number, (columns, slashes) in enumerate(self.budgets)
-                },
-            )
+                    self.record, kind="visited", argv=sys.argv, config=self, result=result
+                )
+            if self.save_lines is not None and length == self.lengths[-1]:
+                self._save(self.save_lines, length, counted)
+
+    def _save(self, path: Path, length: int, counted: dict[str, Any]) -> None:
+        heads = lambda kind, number: counted[kind][:, number].reshape(-1, length)
+        chosen = {
+            f"lines-{name}": (heads("columns", number), heads("distances", number))
+            for number, name in enumerate(self._names())
+        }
+        save_lines(path, length, chosen)
+
+    def _names(self) -> list[str]:
+        return [f"{columns}-{slashes}" for columns, slashes in self.budgets]
 
     def _patterns(self, num_heads: int) -> mj.HeadPatterns:
         with reported_as_user_error(ValueError, TypeError):
@@ -110,16 +112,15 @@ class Visited:
 
 def _table(length: int, result: dict) -> Table:
     table = Table(title=f"{length:,} tokens: keys visited, % of the causal ones, mean of all heads")
-    table.add_column("columns, diagonals")
+    table.add_column("lines")
     table.add_column("original", justify="right")
     first = next(iter(result.values()))
     for block_kv in first["ours"]:
-        table.add_column(f"block_kv {block_kv}", justify="right")
-        table.add_column("ratio (executed)", justify="right")
+        table.add_column(f"kv {block_kv}", justify="right")
+        table.add_column("ratio", justify="right")
     for name, row in result.items():
         cells = [f"{100 * row['original']['visited']:.1f}"]
         for ours in row["ours"].values():
-            ratio = f"{ours['visited_ratio']:.3f} ({ours['executed_ratio']:.3f})"
-            cells += [f"{100 * ours['visited']:.1f}", ratio]
+            cells += [f"{100 * ours['visited']:.1f}", f"{ours['visited_ratio']:.3f}"]
         table.add_row(name.replace("-", ", "), *cells)
     return table

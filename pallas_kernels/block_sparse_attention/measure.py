@@ -24,15 +24,16 @@ class WrongResult(Exception):
     """A kernel's output is not what float32 attention over the visited keys gives."""
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
-def random_qkv(kv_len: int, heads: int, kv_heads: int, head_dim: int, dtype: str):
-    """Normal queries, keys and values, made on the device."""
-    return tuple(
+def random_qkv(
+    key: Array, kv_len: int, heads: int, kv_heads: int, head_dim: int, dtype: str
+) -> tuple[Array, Array, Array]:
+    """Normal queries, keys and values; jittable."""
+    keys = jax.random.split(key, 3)
+    q, k, v = (
         jax.random.normal(key, (1, kv_len, number, head_dim), dtype)
-        for key, number in zip(
-            jax.random.split(jax.random.key(0), 3), (heads, kv_heads, kv_heads), strict=True
-        )
+        for key, number in zip(keys, (heads, kv_heads, kv_heads), strict=True)
     )
+    return q, k, v
 
 
 def causal_flops(q: Float[Array, "1 kv_len heads head_dim"]) -> float:
@@ -61,7 +62,10 @@ def share_shapes(
     def fill(index):
         missing = entries[kind(index)] - index.entries.shape[2]
         width = kind(index)[3] - index.columns.shape[2]
-        pad = lambda x, by, value: jnp.pad(x, ((0, 0), (0, 0), (0, by)), constant_values=value)
+        # On the host: the device would compile each of these.
+        pad = lambda x, by, value: jnp.asarray(
+            np.pad(np.asarray(x), ((0, 0), (0, 0), (0, by)), constant_values=value)
+        )
         return dataclasses.replace(
             index,
             entries=pad(index.entries, missing, NO_TILE),
@@ -77,7 +81,7 @@ def add_kernel(
 ) -> None:  # fmt: skip
     """Adds what `measure_kernel` runs; without `alone`, only what checks and counts.
 
-    `index` may be shapes.
+    Arrays may be shapes.
     """
     programs.add("gate", gate, q, q, k, v, index)
     lengths, q_offset = jnp.full((1,), k.shape[1], jnp.int32), jnp.int32(0)

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 # A call that takes longer is timed once: the first call, compiled beforehand.
-_LONG = 2.0
+_LONG = 1.0
 _ROUNDS, _LEAST_ROUNDS = 5, 3
 _MOST_CALLS = 20
 
@@ -58,7 +58,7 @@ def time_calls(
     """Seconds of one call, measured several times; nothing else runs meanwhile.
 
     Short calls are queued together, so that what is timed is the device and not the way to it. A
-    call of over two seconds is timed once.
+    call of over a second is timed once.
 
     Args:
         call: compiled, so that its first call does no more than later ones.
