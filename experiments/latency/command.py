@@ -98,14 +98,14 @@ class Latency:
             check_writable(self.plot, folder=True)
         if self.record is not None:
             check_writable(self.record, folder=False)
-        if self.render:
-            rows = self._read(None)
-        else:
-            rows = self._read(environment(sys.argv))
-            self._measure(rows, progress, console)
-        if not rows.figures:
+        rows = self._read(None if self.render else environment(sys.argv))
+        wrong = [] if self.render else self._measure(rows, progress, console)
+        if not rows.figures and not wrong:
             raise UserError(f"{self.record} holds no rows; leave --render out to measure")
-        self._show(rows, console)
+        if rows.figures:
+            self._show(rows, console)
+        if wrong:
+            raise WrongResult("; ".join(wrong))
 
     def _read(self, like: dict[str, Any] | None) -> Rows:
         if self.record is None:
@@ -113,10 +113,14 @@ class Latency:
         with reported_as_user_error(OSError, ValueError):
             return read_rows(self.record, like=like)
 
-    def _measure(self, rows: Rows, progress: Console, console: Console) -> None:
-        """Measures what `rows` lacks, and puts it there and into the record."""
+    def _measure(self, rows: Rows, progress: Console, console: Console) -> list[str]:
+        """Measures what `rows` lacks, and puts it there and into the record.
+
+        Returns:
+            What gave a wrong result, and so no row.
+        """
         if rows.figures:
-            console.print(f"{len(rows.figures)} rows of this revision are in {self.record}")
+            progress.print(f"{len(rows.figures)} rows of this revision are in {self.record}")
         rows.environments.append(environment(sys.argv))
         wrong = []
         for length in self.lengths or _LENGTHS[self.suite]:
@@ -132,8 +136,7 @@ class Latency:
                         append_record(
                             self.record, kind="latency", argv=sys.argv, config=point, result=figures
                         )
-        if wrong:
-            raise WrongResult("; ".join(wrong))
+        return wrong
 
     def _suite(self, length: int) -> Suite:
         """What is measured at one length."""

@@ -19,7 +19,7 @@ from pallas_kernels.block_sparse_attention.measure import (
     judge,
     measure_kernel,
 )
-from pallas_kernels.common.timing import Programs, time_calls
+from pallas_kernels.common.timing import Programs, Shaped, time_calls
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -62,7 +62,7 @@ def table_layers(num_heads: int) -> Iterator[LayerCase]:
     yield case("blocks-100", mj.BlockSparse(num_blocks=100))
 
 
-def add_layer(programs: Programs, q: Array, k: Array, v: Array, case: LayerCase) -> None:
+def add_layer(programs: Programs, q: Shaped, k: Shaped, v: Shaped, case: LayerCase) -> None:
     """Adds what `measure_layer` runs."""
     programs.add("layer", _attend, case.attention, q, k, v)
     index = index_shapes(case, q, k, v)
@@ -73,7 +73,7 @@ def add_layer(programs: Programs, q: Array, k: Array, v: Array, case: LayerCase)
             programs.add("scores", _scores, q, k)
 
 
-def index_shapes(case: LayerCase, q: Array, k: Array, v: Array) -> BlockSparseIndex:
+def index_shapes(case: LayerCase, q: Shaped, k: Shaped, v: Shaped) -> BlockSparseIndex:
     """Shapes of the index that the layer builds."""
     return jax.eval_shape(_index, case.attention, q, k, v)
 

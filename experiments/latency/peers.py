@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from pallas_kernels.common.timing import Programs, time_calls
+from pallas_kernels.common.timing import Programs, Shaped, time_calls
 
 # XLA's own dense attention on a CPU holds heads * length^2 scores; beyond this it is left out.
 _MAX_CPU_LENGTH = 8192
@@ -24,7 +24,7 @@ def jax_dense_name() -> str:
     return "cudnn" if jax.default_backend() == "gpu" else "xla"
 
 
-def add_jax_dense(programs: Programs, q: Array, k: Array, v: Array) -> str | None:
+def add_jax_dense(programs: Programs, q: Shaped, k: Shaped, v: Shaped) -> str | None:
     """Adds `jax.nn.dot_product_attention`; returns why it cannot run, None if it can."""
     name = jax_dense_name()
     if name == "xla" and q.shape[1] > _MAX_CPU_LENGTH:

@@ -14,7 +14,7 @@ _128K, _1M = 131072, 1048576
 class Measured:
     """One measured value, and what it was measured on."""
 
-    value: float
+    value: float | int
     where: str
 
 
@@ -32,8 +32,8 @@ class Aim:
     """
 
     what: str
-    floor: float
-    aim: float
+    floor: float | int
+    aim: float | int
     unit: str
     larger_is_better: bool
     measure: Callable[[Rows, list[dict[str, Any]]], Iterator[Measured]]
@@ -211,7 +211,7 @@ def _index_memory(rows, visited):
             yield Measured(value=row["index_bytes_per_head"] / 1000, where=point.name)
 
 
-def _number(value: float, unit: str) -> str:
+def _number(value: float | int, unit: str) -> str:
     digits = 2 if unit == "x" else 0 if value >= 100 else 1
     return f"{value:.{digits}f}{unit}"
 

@@ -12,7 +12,7 @@ from pallas_kernels.block_sparse_attention.api import Implementation, block_spar
 from pallas_kernels.block_sparse_attention.index import NO_TILE, BlockSparseIndex
 from pallas_kernels.block_sparse_attention.plan import gather_columns, make_plan
 from pallas_kernels.common.tiling import round_up
-from pallas_kernels.common.timing import Programs, time_calls
+from pallas_kernels.common.timing import Programs, Shaped, time_calls
 
 # Relative RMS error of a sampled query tile that fails the gate (bfloat16 gives 0.002).
 TOLERANCE = 0.01
@@ -76,7 +76,7 @@ def share_shapes(
 
 
 def add_kernel(
-    programs: Programs, q: Array, k: Array, v: Array, index: BlockSparseIndex,
+    programs: Programs, q: Shaped, k: Shaped, v: Shaped, index: BlockSparseIndex,
     implementation: Implementation | None, *, alone: bool = True,
 ) -> None:  # fmt: skip
     """Adds what `measure_kernel` runs; without `alone`, only what checks and counts.

@@ -8,6 +8,9 @@ from typing import Any
 
 import jax
 
+# What a program is compiled for.
+Shaped = jax.Array | jax.ShapeDtypeStruct
+
 # A call that takes longer is timed once: the first call, compiled beforehand.
 _LONG = 1.0
 _ROUNDS, _LEAST_ROUNDS = 5, 3
