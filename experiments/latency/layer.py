@@ -13,6 +13,7 @@ from minference_jax.attention import LAST_Q
 from minference_jax.index.lines import last_query_scores
 from minference_jax.patterns import Kind
 from pallas_kernels import BlockSparseIndex
+from pallas_kernels.block_sparse_attention.api import Implementation
 from pallas_kernels.block_sparse_attention.measure import (
     add_kernel,
     executed_keys,
@@ -42,7 +43,7 @@ class LayerCase:
         return bool(np.any(np.asarray(self.attention.patterns.kind) == Kind.VERTICAL_SLASH))
 
 
-def table_layers(num_heads: int) -> Iterator[LayerCase]:
+def table_layers(num_heads: int, implementation: Implementation | None) -> Iterator[LayerCase]:
     """Layers of one pattern with the budgets of the shipped configurations.
 
     Heads with up to 1024 columns have this capacity, as in a configuration that mixes them, and so
@@ -51,7 +52,8 @@ def table_layers(num_heads: int) -> Iterator[LayerCase]:
 
     def case(name, pattern, *, split=False, max_columns=None):
         patterns = mj.HeadPatterns.from_grid([[pattern] * num_heads], max_columns=max_columns)
-        return LayerCase(name=name, attention=mj.SparseAttention(patterns).layer(0), split=split)
+        attention = mj.SparseAttention(patterns, implementation=implementation).layer(0)
+        return LayerCase(name=name, attention=attention, split=split)
 
     lines = lambda columns, slashes: mj.VerticalSlash(vertical_size=columns, slash_size=slashes)
     yield case("lines-1000-6096", lines(1000, 6096), max_columns=1024, split=True)

@@ -19,6 +19,7 @@ from experiments.latency.rows import Figures, Level, Point
 from models.common.config import DecoderConfig
 from pallas_kernels import BlockSparseIndex
 from pallas_kernels.bench import Workload
+from pallas_kernels.block_sparse_attention.api import Implementation
 from pallas_kernels.block_sparse_attention.measure import (
     WrongResult,
     add_kernel,
@@ -41,6 +42,7 @@ class Suite:
         config: that layer's model.
         dtype: of queries, keys and values.
         seed: of the layers' inputs.
+        implementation: of attention; None chooses, which may be one that is not meant.
         longest_peer: greatest length at which dense peers are timed.
     """
 
@@ -50,6 +52,7 @@ class Suite:
     config: DecoderConfig
     dtype: str
     seed: int
+    implementation: Implementation | None
     longest_peer: int
 
     def point(self, level: Level, name: str, length: int) -> Point:
@@ -145,7 +148,7 @@ def _compile(
     like = tuple(index_shapes(case, q, k, v) for case in layers)
     indices = share_shapes(indices, like=like)
     for index in indices:
-        add_kernel(programs, q, k, v, index, None)
+        add_kernel(programs, q, k, v, index, suite.implementation)
     for case in layers:
         add_layer(programs, q, k, v, case)
     if layers:

@@ -56,7 +56,7 @@ def time_calls(
     *arguments: Any,
     check: Callable[[Any], None] | None = None,
     wait: Callable[[Any], Any] = jax.block_until_ready,
-    target: float = 0.4,
+    target: float = 0.25,
 ) -> list[float]:
     """Seconds of one call, measured several times; nothing else runs meanwhile.
 

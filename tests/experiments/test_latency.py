@@ -148,7 +148,7 @@ def test_render_draws_a_record_without_measuring(tmp_path, capsys):
 def test_table_has_every_spread_and_layers_share_capacities():
     names = [w.name for w in workloads(["contiguous", "scattered"], [96, 128])]
     assert len(names) == len(set(names)) == 2 + 2 * 3 * 2 + 1
-    cases = {case.name: case.attention.patterns for case in table_layers(4)}
+    cases = {case.name: case.attention.patterns for case in table_layers(4, None)}
     capacities = {patterns.max_columns for patterns in cases.values()}
     assert capacities == {0, 1024, 3584}
     assert cases["lines-500-700"].slash_size[0] == 700
