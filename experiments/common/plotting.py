@@ -24,13 +24,15 @@ STYLE: dict[str, Any] = {
 _CELLS = 480  # squares along each side of a mask picture: about one per pixel
 
 
-def new_figure(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
-    """Returns a figure of the given size in inches with `columns` axes side by side."""
+def new_figure(
+    width: float, height: float, columns: int = 1, rows: int = 1
+) -> tuple[Figure, list[Axes]]:
+    """Returns a figure of the given size in inches with `rows` of `columns` axes, row by row."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasAgg(figure)
-        axes = figure.subplots(1, columns, squeeze=False)[0]
-    return figure, list(axes)
+        axes = figure.subplots(rows, columns, squeeze=False)
+    return figure, list(axes.flat)
 
 
 def save(figure: Figure, path: Path) -> Path:

@@ -109,10 +109,13 @@ def _version(distribution: str) -> str | None:
 
 
 def _git_revision() -> str | None:
-    """Returns the commit of the source tree, with `+changes` if files differ; None if unknown."""
+    """Returns the commit of the source tree, with `+changes` if files differ; None if unknown.
+
+    A tree that was copied without its repository takes it from `MINFERENCE_REVISION`.
+    """
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
-        return None
+        return os.environ.get("MINFERENCE_REVISION")
     try:
         return subprocess.run(
             ["git", "describe", "--always", "--abbrev=40", "--dirty=+changes", "--exclude=*"],

@@ -1,26 +1,29 @@
-"""`minference latency --layer`: one attention layer at several lengths, beside its peers."""
+"""`minference latency`: attention beside its peers, at several lengths, in one run."""
 
 import dataclasses
 import sys
-import textwrap
 from collections.abc import Callable
 from typing import Any, Literal
 
-import jax.numpy as jnp
-import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 import minference_jax as mj
-from experiments.common.errors import UserError, check_writable
-from experiments.common.measure import stage
+from experiments.common.errors import UserError, check_writable, reported_as_user_error
 from experiments.common.options import AttentionOptions, OptionalPath
-from experiments.common.record import append_record
-from experiments.latency.inputs import structured_qkv
-from experiments.latency.layer import LayerTimes, measure_layer
-from experiments.latency.plot import latency_picture
+from experiments.common.record import append_record, environment, read_records
+from experiments.latency.layer import LayerCase, table_layers
+from experiments.latency.lines import real_lines
+from experiments.latency.peers import jax_dense_name
+from experiments.latency.plot import split_picture, times_picture
+from experiments.latency.rows import Figures, Point, Rows, read_rows
+from experiments.latency.run import Suite, measure_length
+from experiments.latency.table import aims_markdown, rows_markdown
 from models.common.config import DecoderConfig
 from models.llama import config as llama
+from pallas_kernels.bench import Workload, workloads
+from pallas_kernels.block_sparse_attention.api import Implementation
+from pallas_kernels.block_sparse_attention.measure import WrongResult
+from pallas_kernels.common.environment import not_hopper
 
 LayerName = Literal["llama3-8b", "qwen2.5-7b", "smollm2-135m"]
 _LAYERS: dict[LayerName, Callable[[], DecoderConfig]] = {
@@ -28,43 +31,67 @@ _LAYERS: dict[LayerName, Callable[[], DecoderConfig]] = {
     "qwen2.5-7b": lambda: llama.qwen2_5("7B"),
     "smollm2-135m": llama.smollm2_135m,
 }
+_LENGTHS = {
+    "layer": (8192, 32768, 131072),
+    # What most lines of the table of aims need comes first.
+    "table": (131072, 1048576, 32768, 8192, 524288),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Latency:
-    """Time one attention layer: index, attention, dense, and other people's dense attention.
+    """Time attention: ours, its parts, and dense attention by others, in one run.
 
-    Queries and keys are synthetic, with the columns and slashes of real heads. The table gives
-    medians of warm calls; the record holds every call.
+    `--suite layer` times one layer with the attention asked for; `--suite table` the patterns of
+    the shipped configurations, as lists given to the kernel and as layers that estimate them, and
+    judges them by the project's aims. Sampled rows are checked against float32 first. Times are
+    medians of warm calls. Queries and keys are synthetic; those of layers have the columns and
+    slashes of real heads.
     """
 
+    suite: Literal["layer", "table"] = "layer"
+    """One layer with the attention below, or the table of patterns."""
     layer: LayerName = "llama3-8b"
     """Shape of the layer."""
-    lengths: tuple[int, ...] = (8192, 32768, 131072)
-    """Tokens."""
+    lengths: tuple[int, ...] = ()
+    """Tokens; if not given 8192, 32768, 131072, and for the table also 524288 and 1048576."""
+    only: tuple[str, ...] = ()
+    """With --suite table: only what has one of these words in its name."""
     attention: AttentionOptions = dataclasses.field(default_factory=AttentionOptions)
-    """Pattern of the heads."""
+    """With --suite layer: pattern of the heads."""
     pattern_layer: int = 0
     """With --patterns: the layer of the file whose heads are taken."""
+    block_kv: tuple[int, ...] = (128,)
+    """With --suite table: keys of a tile of lines given to the kernel."""
+    lines: OptionalPath = None
+    """With --suite table: line sets of real heads (an .npz file of `minference visited`)."""
+    longest_peer: int = 1048576
+    """Dense attention by others is timed up to this length (20 s at a million tokens)."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Type of queries, keys and values."""
-    repeats: int = 10
-    """Timed calls of each part; one that takes over a second is timed fewer times."""
     seed: int = 0
     """Seed of the inputs."""
-    plot: OptionalPath = None
-    """Folder for the picture."""
     record: OptionalPath = None
-    """JSONL file that a record is appended to."""
+    """JSONL file: each row is appended as soon as it is measured, and rows it has are skipped."""
+    render: bool = False
+    """Measure nothing: show what the record holds."""
+    visited: OptionalPath = None
+    """With --suite table: record of `minference visited`, for its line of the table."""
+    plot: OptionalPath = None
+    """Folder for the pictures, and for the table."""
 
     def __post_init__(self) -> None:
-        """Raises UserError for lengths or repeats out of range, and for dense attention."""
-        if not self.lengths or min(self.lengths) < 1:
+        """Raises UserError for lengths out of range, dense attention, and options that clash."""
+        if self.lengths and min(self.lengths) < 1:
             raise UserError(f"--lengths must name lengths of at least 1, got {self.lengths}")
-        if self.repeats < 1:
-            raise UserError(f"--repeats must be at least 1, got {self.repeats}")
         if self.attention.attention == "dense":
             raise UserError("dense attention is always timed; choose a sparse --attention")
+        if self.suite == "layer" and (self.only or self.lines or self.visited):
+            raise UserError(
+                "--only, --lines and --visited belong to --suite table, got --suite layer"
+            )
+        if self.render and self.record is None:
+            raise UserError("--render shows a record; name its file with --record")
 
     def run(self) -> None:
         """Runs the command; raises UserError if an input cannot be used."""
@@ -73,73 +100,119 @@ class Latency:
             check_writable(self.plot, folder=True)
         if self.record is not None:
             check_writable(self.record, folder=False)
-        config = _LAYERS[self.layer]()
-        attention = self._attention(config.num_heads)
-        results = [self._measure(attention, config, length, progress) for length in self.lengths]
-        console.print(_table(results))
-        if self.plot is not None:
-            path = latency_picture(
-                results,
-                title=textwrap.fill(f"one layer of {self.layer}, {self.attention.describe()}", 64),
-                path=self.plot / "latency.png",
-            )
-            console.print(f"picture: {path}")
-        if self.record is not None:
-            append_record(
-                self.record,
-                kind="latency",
-                argv=sys.argv,
-                config=self,
-                result={"lengths": [dataclasses.asdict(times) for times in results]},
-            )
-            console.print(f"record: {self.record}")
+        rows = self._read(None if self.render else environment(sys.argv))
+        wrong = [] if self.render else self._measure(rows, progress, console)
+        if not rows.figures and not wrong:
+            raise UserError(f"{self.record} holds no rows; leave --render out to measure")
+        if rows.figures:
+            self._show(rows, console)
+        if wrong:
+            raise WrongResult("; ".join(wrong))
 
-    def _attention(self, num_heads: int) -> mj.SparseAttention:
+    def _read(self, like: dict[str, Any] | None) -> Rows:
+        if self.record is None:
+            return Rows(figures={}, environments=[])
+        with reported_as_user_error(OSError, ValueError):
+            return read_rows(self.record, like=like)
+
+    def _measure(self, rows: Rows, progress: Console, console: Console) -> list[str]:
+        """Measures what `rows` lacks, and puts it there and into the record.
+
+        Returns:
+            What gave a wrong result, and so no row.
+        """
+        if rows.figures:
+            progress.print(f"{len(rows.figures)} rows of this revision are in {self.record}")
+        rows.environments.append(environment(sys.argv))
+        wrong = []
+        for length in self.lengths or _LENGTHS[self.suite]:
+            suite = self._suite(length)
+            dense = rows.figures.get(suite.point("peer", jax_dense_name(), length))
+            for point, figures in measure_length(suite, length, set(rows.figures), dense, progress):
+                console.print(_line(point, figures), highlight=False, soft_wrap=True)
+                if "wrong" in figures:
+                    wrong.append(f"{point.name}, {point.length} tokens: {figures['wrong']}")
+                if "ms" in figures:
+                    rows.figures[point] = figures
+                    if self.record is not None:
+                        append_record(
+                            self.record, kind="latency", argv=sys.argv, config=point, result=figures
+                        )
+        return wrong
+
+    def _suite(self, length: int) -> Suite:
+        """What is measured at one length."""
+        config = _LAYERS[self.layer]()
+        # Where Hopper's kernel runs, nothing slower may stand in for it.
+        hopper = not not_hopper() and self.dtype != "float32"
+        implementation: Implementation | None = "mosaic_gpu" if hopper else None
+        if self.suite == "layer":
+            given: list[Workload] = [w for w in workloads([], []) if w.name == "dense"]
+            layers = [self._own_layer(config.num_heads, implementation)]
+        else:
+            given = [*workloads(["contiguous", "clustered", "scattered"], list(self.block_kv))]
+            layers = [*table_layers(config.num_heads, implementation)]
+            if self.lines is not None:
+                with reported_as_user_error(OSError, ValueError):
+                    given += real_lines(self.lines, length, self.block_kv)
+        wanted = lambda name: not self.only or any(word in name for word in self.only)
+        return Suite(
+            workloads=tuple(w for w in given if wanted(w.name)),
+            layers=tuple(case for case in layers if wanted(case.name)),
+            layer=self.layer,
+            config=config,
+            dtype=self.dtype,
+            seed=self.seed,
+            implementation=implementation,
+            longest_peer=self.longest_peer,
+        )
+
+    def _own_layer(self, num_heads: int, implementation: Implementation | None) -> LayerCase:
+        name = self.attention.describe()
         if self.attention.patterns is None:
             pattern = self.attention.uniform_pattern()
             patterns = mj.HeadPatterns.uniform(pattern, num_layers=1, num_heads=num_heads)
-            return mj.SparseAttention(patterns).layer(0)
-        patterns = self.attention.load_patterns()
-        if patterns.num_heads != num_heads or not 0 <= self.pattern_layer < patterns.num_layers:
-            raise UserError(
-                f"{self.attention.patterns} describes {patterns.num_layers} layers of "
-                f"{patterns.num_heads} heads; layer {self.pattern_layer} of {num_heads} heads "
-                "was asked for"
-            )
-        return mj.SparseAttention(patterns).layer(self.pattern_layer)
+            number = 0
+        else:
+            patterns, number = self.attention.load_patterns(), self.pattern_layer
+            name += f", layer {number}"
+            if patterns.num_heads != num_heads or not 0 <= number < patterns.num_layers:
+                raise UserError(
+                    f"{self.attention.patterns} describes {patterns.num_layers} layers of "
+                    f"{patterns.num_heads} heads; layer {number} of {num_heads} heads was asked for"
+                )
+        attention = mj.SparseAttention(patterns, implementation=implementation).layer(number)
+        return LayerCase(name=name, attention=attention, split=True)
 
-    def _measure(
-        self, attention: mj.SparseAttention, config: DecoderConfig, length: int, console: Console
-    ) -> LayerTimes:
-        with stage(console, f"{length:,} tokens"):
-            q, k, v = structured_qkv(
-                length=length,
-                num_heads=config.num_heads,
-                num_kv_heads=config.num_kv_heads,
-                head_dim=config.head_dim,
-                dtype=jnp.dtype(self.dtype),
-                seed=self.seed,
-            )
-            return measure_layer(attention, q, k, v, repeats=self.repeats)
-
-
-def _table(results: list[LayerTimes]) -> Table:
-    table = Table(title="milliseconds; peer / sparse: the fastest dense peer over our sparse layer")
-    peers = [name for name in results[0].peers if any("seconds" in t.peers[name] for t in results)]
-    own = ("tokens", "visited", "sparse", "index", "attention", "dense")
-    for name in (*own, *peers, "peer / sparse"):
-        table.add_column(name, justify="right")
-    for times in results:
-        best = times.best_peer()
-        table.add_row(
-            f"{times.length:,}",
-            f"{times.density:.1%}",
-            *(f"{1e3 * s:.2f}" for s in (times.sparse, times.index, times.attention, times.dense)),
-            *(_milliseconds(times.peers[name]) for name in peers),
-            "" if best is None else f"{best[1] / times.sparse:.2f}",
-        )
-    return table
+    def _show(self, rows: Rows, console: Console) -> None:
+        text = rows_markdown(rows)
+        if self.suite == "table":
+            visited = []
+            if self.visited is not None:
+                with reported_as_user_error(OSError, ValueError):
+                    visited = [r["result"] for r in read_records(self.visited, kind="visited")]
+            text = f"{aims_markdown(rows, visited)}\n\n{text}"
+        print(text)
+        if self.plot is not None:
+            (self.plot / "latency.md").write_text(text + "\n", encoding="utf-8")
+            console.print(f"table: {self.plot / 'latency.md'}")
+            for path in (
+                times_picture(rows, self.plot / "latency.png"),
+                split_picture(rows, self.plot / "latency-split.png"),
+            ):
+                if path is not None:
+                    console.print(f"picture: {path}")
+        if self.record is not None:
+            console.print(f"record: {self.record}")
 
 
-def _milliseconds(peer: dict[str, Any]) -> str:
-    return f"{1e3 * np.median(peer['seconds']):.2f}" if "seconds" in peer else "-"
+def _line(point: Point, figures: Figures) -> str:
+    text = f"{point.length:>9,} {point.level:<6} {point.name:<34}"
+    if "ms" not in figures:
+        return f"{text} {'; '.join(map(str, figures.values()))}"
+    text += f" {figures['ms']:>10.3f} ms {figures['tflops']:>5.0f} TFLOP/s"
+    if "speedup" in figures:
+        text += f" ({figures['rate_ratio']:.2f} of dense), {figures['speedup']:.2f} x faster"
+    if "density" in figures:
+        text += f", density {figures['density']:.4f}"
+    return text

@@ -15,45 +15,45 @@ _COLUMNS = 256
 
 
 def structured_qkv(
-    *, length: int, num_heads: int, num_kv_heads: int, head_dim: int, dtype: jnp.dtype, seed: int
+    key: Array, *, length: int, num_heads: int, num_kv_heads: int, head_dim: int, dtype: jnp.dtype
 ) -> tuple[
     Float[Array, "1 length heads head_dim"],
     Float[Array, "1 length kv_heads head_dim"],
     Float[Array, "1 length kv_heads head_dim"],
 ]:
-    """Draws one layer's inputs.
+    """Draws one layer's inputs; jittable, with the sizes static.
 
     Every head adds a fixed vector to its noise before the rotary embedding, so that scores depend
     on the distance, which makes slashes; random keys, the first ones among them, point along all
     queries, which makes columns.
 
     Args:
+        key: of the draw.
         length: tokens.
         num_heads: query heads.
         num_kv_heads: key/value heads.
         head_dim: width of a head.
         dtype: of the arrays.
-        seed: of the draw.
     """
     rope = RopeConfig(theta=500_000.0, rotary_dim=head_dim, interleaved=False, scaling=None)
-    rng = np.random.default_rng(seed)
-    columns = np.union1d(np.arange(4), rng.choice(length, min(_COLUMNS, length), replace=False))
+    group = num_heads // num_kv_heads
+    columns = np.random.default_rng(0).choice(length, min(_COLUMNS, length), replace=False)
+    columns = np.union1d(np.arange(min(4, length)), columns)
+    boost = jnp.zeros((length,)).at[columns].set(1.0)[None, :, None, None]
+    positions = jnp.arange(length, dtype=jnp.int32)[None, :]
+    cos, sin = rotation_tables(rope, positions, jnp.array([length]))
 
-    @jax.jit
-    def draw(key):
+    def one_group(key):
         q_key, k_key, v_key, line_key = jax.random.split(key, 4)
-        group = num_heads // num_kv_heads
-        line = _LINE_STRENGTH * jax.random.normal(line_key, (num_kv_heads, head_dim))
-        q = jax.random.normal(q_key, (1, length, num_heads, head_dim))
-        k = jax.random.normal(k_key, (1, length, num_kv_heads, head_dim))
-        v = jax.random.normal(v_key, (1, length, num_kv_heads, head_dim))
-        q = q + jnp.repeat(line, group, axis=0)[None, None]
-        boost = jnp.zeros((length,)).at[columns].set(1.0)
-        k = k + line[None, None] * (1.0 + boost)[None, :, None, None]
-        positions = jnp.arange(length, dtype=jnp.int32)[None, :]
-        cos, sin = rotation_tables(rope, positions, jnp.array([length]))
-        q = apply_rope(q, cos, sin, interleaved=False)
-        k = apply_rope(k, cos, sin, interleaved=False)
-        return q.astype(dtype), k.astype(dtype), v.astype(dtype)
+        line = _LINE_STRENGTH * jax.random.normal(line_key, (head_dim,))[None, None, None, :]
+        q = jax.random.normal(q_key, (1, length, group, head_dim)) + line
+        k = jax.random.normal(k_key, (1, length, 1, head_dim)) + line * (1.0 + boost)
+        v = jax.random.normal(v_key, (1, length, 1, head_dim))
+        q, k = (apply_rope(x, cos, sin, interleaved=False) for x in (q, k))
+        return tuple(x.astype(dtype) for x in (q, k, v))
 
-    return draw(jax.random.key(seed))
+    # One group of heads after another: float32 for all of them would not fit at a million tokens.
+    arrays = jax.lax.map(one_group, jax.random.split(key, num_kv_heads))
+    heads_last = lambda x: jnp.moveaxis(x, 0, 2).reshape(1, length, -1, head_dim)
+    q, k, v = (heads_last(x) for x in arrays)
+    return q, k, v

@@ -1,7 +1,7 @@
-"""Times of one attention layer: the whole, its index, its attention, dense, and dense peers."""
+"""Times of one attention layer: the whole as a model runs it, and its parts."""
 
 import dataclasses
-from typing import Any
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -9,74 +9,133 @@ import numpy as np
 from jaxtyping import Array
 
 import minference_jax as mj
-from experiments.latency.peers import jax_dense, timed, tokamax_dense, torch_flash
-from pallas_kernels import block_sparse_attention
+from minference_jax.attention import LAST_Q
+from minference_jax.index.lines import last_query_scores
+from minference_jax.patterns import Kind
+from pallas_kernels import BlockSparseIndex
+from pallas_kernels.block_sparse_attention.api import Implementation
+from pallas_kernels.block_sparse_attention.measure import (
+    add_kernel,
+    executed_keys,
+    judge,
+    measure_kernel,
+)
+from pallas_kernels.common.timing import Programs, Shaped, time_calls
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LayerTimes:
-    """One layer at one length; seconds are medians.
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class LayerCase:
+    """An attention layer to time.
 
     Attributes:
-        length: tokens.
-        density: mean share of the causal pairs that the heads visit.
-        sparse: index estimation and attention, as a model runs them.
-        index: estimation of the index alone.
-        attention: the attention kernel alone, gather of columns included.
-        dense: our kernel with the list of all tiles.
-        peers: dense attention by others: `seconds`, or why it was `skipped`.
-        runs: every single measurement behind the medians.
-    """
-
-    length: int
-    density: float
-    sparse: float
-    index: float
-    attention: float
-    dense: float
-    peers: dict[str, dict[str, Any]]
-    runs: dict[str, list[float]]
-
-    def best_peer(self) -> tuple[str, float] | None:
-        """The fastest dense peer that ran and its seconds, if one ran."""
-        ran = {name: np.median(p["seconds"]) for name, p in self.peers.items() if "seconds" in p}
-        return min(((n, float(s)) for n, s in ran.items()), key=lambda pair: pair[1], default=None)
-
-
-def measure_layer(
-    attention: mj.SparseAttention, q: Array, k: Array, v: Array, *, repeats: int
-) -> LayerTimes:
-    """Times one layer's attention on one prompt.
-
-    Args:
+        name: what the records call it.
         attention: sparse attention of one layer.
-        q: queries [1, length, heads, head_dim].
-        k: keys [1, length, kv_heads, head_dim].
-        v: values.
-        repeats: timed calls of each part, fewer where one takes over a second.
+        split: also time its parts.
     """
-    length = q.shape[1]
-    dense = jax.jit(mj.DenseAttention(implementation=attention.implementation))
-    whole = jax.jit(lambda attention, q, k, v: attention(q, k, v))
-    # The compiler drops the attention, whose output is not used.
-    build = jax.jit(lambda attention, q, k, v: attention.attend(q, k, v)[1])
-    attend = jax.jit(
-        lambda q, k, v, index: block_sparse_attention(
-            q, k, v, index, implementation=attention.implementation
-        )
+
+    name: str
+    attention: mj.SparseAttention
+    split: bool
+
+    @property
+    def estimates(self) -> bool:
+        """Whether the index needs the last queries' scores."""
+        return bool(np.any(np.asarray(self.attention.patterns.kind) == Kind.VERTICAL_SLASH))
+
+
+def table_layers(num_heads: int, implementation: Implementation | None) -> Iterator[LayerCase]:
+    """Layers of one pattern with the budgets of the shipped configurations.
+
+    Heads with up to 1024 columns have this capacity, as in a configuration that mixes them, and so
+    share one program.
+    """
+
+    def case(name, pattern, *, split=False, max_columns=None):
+        patterns = mj.HeadPatterns.from_grid([[pattern] * num_heads], max_columns=max_columns)
+        attention = mj.SparseAttention(patterns, implementation=implementation).layer(0)
+        return LayerCase(name=name, attention=attention, split=split)
+
+    lines = lambda columns, slashes: mj.VerticalSlash(vertical_size=columns, slash_size=slashes)
+    yield case("lines-1000-6096", lines(1000, 6096), max_columns=1024, split=True)
+    yield case("lines-500-700", lines(500, 700), max_columns=1024)
+    yield case("lines-3500-100", lines(3500, 100), max_columns=3584)
+    a_shape = mj.AShape(sink_size=128, window_size=1024)
+    yield case("a_shape-128-1024", a_shape, max_columns=1024)
+    yield case("blocks-100", mj.BlockSparse(num_blocks=100))
+
+
+def add_layer(programs: Programs, q: Shaped, k: Shaped, v: Shaped, case: LayerCase) -> None:
+    """Adds what `measure_layer` runs."""
+    programs.add("layer", _attend, case.attention, q, k, v)
+    index = index_shapes(case, q, k, v)
+    add_kernel(programs, q, k, v, index, case.attention.implementation, alone=case.split)
+    if case.split:
+        programs.add("index", _index, case.attention, q, k, v)
+        if case.estimates:
+            programs.add("scores", _scores, q, k)
+
+
+def index_shapes(case: LayerCase, q: Shaped, k: Shaped, v: Shaped) -> BlockSparseIndex:
+    """Shapes of the index that the layer builds."""
+    return jax.eval_shape(_index, case.attention, q, k, v)
+
+
+def measure_layer(programs: Programs, q: Array, k: Array, v: Array, case: LayerCase) -> dict:
+    """Checks and times a layer; `programs` holds what `add_layer` added.
+
+    Times in milliseconds: `ms` is the whole, and with `split` `estimation_ms`, `index_ms`
+    (estimation inside), `plan_ms`, `gather_ms` and `kernel_ms` (attention over the given index with
+    plan and gather inside).
+
+    Raises:
+        WrongResult: a sampled query tile is not attention over the visited keys.
+    """
+    indices = []
+    figures: dict = {}
+
+    def check(result):
+        out, index = result
+        figures.update(judge(programs.get("gate", q, q, k, v, index)(out, q, k, v, index)))
+        indices.append(index)
+
+    runs = time_calls(
+        programs.get("layer", case.attention, q, k, v), case.attention, q, k, v, check=check
     )
-    index = jax.block_until_ready(build(attention, q, k, v))
-    runs = {
-        "sparse": timed(lambda: whole(attention, q, k, v), repeats=repeats),
-        "index": timed(lambda: build(attention, q, k, v), repeats=repeats),
-        "attention": timed(lambda: attend(q, k, v, index), repeats=repeats),
-        "dense": timed(lambda: dense(q, k, v), repeats=repeats),
+    [index] = indices
+    executed = executed_keys(programs, index)
+    figures |= {
+        "ms": np.median(runs) * 1e3,
+        "runs_ms": [seconds * 1e3 for seconds in runs],
+        "tflops": 4 * q.shape[3] * executed / np.median(runs) / 1e12,
+        "keys_per_row": executed / q.shape[1] / q.shape[2],
+        "index_bytes_per_head": sum(x.nbytes for x in jax.tree.leaves(index)) // q.shape[2],
+        "block_kv": index.block_kv,
+        "capacities": [index.entries.shape[2], index.columns.shape[2]],
     }
-    density = float(jnp.mean(index.density(length, length)))
-    peers = {
-        "jax.nn": jax_dense(q, k, v, repeats=repeats),
-        "torch FA2": torch_flash(q, k, v, repeats=repeats),
-        "tokamax": tokamax_dense(q, k, v, repeats=repeats),
-    }
-    medians = {name: float(np.median(seconds)) for name, seconds in runs.items()}
-    return LayerTimes(length=length, density=density, peers=peers, runs=runs, **medians)
+    if case.split:
+        alone = measure_kernel(programs, q, k, v, index)
+        figures["kernel_ms"] = alone["ms"]
+        figures |= {part: alone[part] for part in ("plan_ms", "gather_ms")}
+        figures["index_ms"] = _milliseconds(programs, "index", case.attention, q, k, v)
+        if case.estimates:
+            figures["estimation_ms"] = _milliseconds(programs, "scores", q, k)
+    return figures
+
+
+def _milliseconds(programs: Programs, name: str, *arguments) -> float:
+    return float(np.median(time_calls(programs.get(name, *arguments), *arguments))) * 1e3
+
+
+def _attend(attention, q, k, v):
+    return attention.attend(q, k, v)
+
+
+def _index(attention, q, k, v):
+    # The compiler drops the attention, whose output is not used.
+    return attention.attend(q, k, v)[1]
+
+
+def _scores(q, k):
+    return last_query_scores(
+        q, k, lengths=jnp.full((1,), k.shape[1]), q_offset=jnp.int32(0), last_q=LAST_Q
+    )

@@ -1,7 +1,6 @@
-"""Dense attention by others, timed in the same run on the same inputs."""
+"""Dense attention by others, timed in the same run on the same shapes."""
 
-import time
-from collections.abc import Callable
+import functools
 from typing import Any
 
 import jax
@@ -9,39 +8,43 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from pallas_kernels.common.timing import Programs, Shaped, time_calls
+
 # XLA's own dense attention on a CPU holds heads * length^2 scores; beyond this it is left out.
 _MAX_CPU_LENGTH = 8192
+# Peers other than JAX's own are a second opinion: not timed where a call takes seconds.
+_MAX_OTHER_LENGTH = 131072
+
+# Seconds of each call under "seconds", or under "skipped" why there are none.
+Times = dict[str, Any]
 
 
-def timed(call: Callable[[], Any], *, repeats: int) -> list[float]:
-    """Seconds of each call, warm; calls that take over a second are repeated once only."""
-    jax.block_until_ready(call())
-    seconds: list[float] = []
-    while len(seconds) < repeats and sum(seconds) < max(1.0, 0.2 * repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(call())
-        seconds.append(time.perf_counter() - start)
-    return seconds
+def jax_dense_name() -> str:
+    """What runs `jax.nn.dot_product_attention` here: cuDNN on a GPU, XLA on a CPU."""
+    return "cudnn" if jax.default_backend() == "gpu" else "xla"
 
 
-def jax_dense(q: Array, k: Array, v: Array, *, repeats: int) -> dict[str, Any]:
-    """`jax.nn.dot_product_attention`: cuDNN on a GPU, XLA on a CPU."""
-    on_gpu = jax.default_backend() == "gpu"
-    if not on_gpu and q.shape[1] > _MAX_CPU_LENGTH:
-        return {"skipped": f"holds every score; left out beyond {_MAX_CPU_LENGTH} tokens"}
-    implementation = "cudnn" if on_gpu else "xla"
-    if on_gpu and q.dtype == jnp.float32:
-        return {"skipped": "cuDNN's fused attention takes bfloat16 and float16 only"}
-
-    @jax.jit
-    def run(q, k, v):
-        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation=implementation)
-
-    return {"seconds": timed(lambda: run(q, k, v), repeats=repeats)}
+def add_jax_dense(programs: Programs, q: Shaped, k: Shaped, v: Shaped) -> str | None:
+    """Adds `jax.nn.dot_product_attention`; returns why it cannot run, None if it can."""
+    name = jax_dense_name()
+    if name == "xla" and q.shape[1] > _MAX_CPU_LENGTH:
+        return f"holds every score; left out beyond {_MAX_CPU_LENGTH} tokens"
+    if name == "cudnn" and q.dtype == jnp.float32:
+        return "cuDNN's fused attention takes bfloat16 and float16 only"
+    run = functools.partial(jax.nn.dot_product_attention, is_causal=True, implementation=name)
+    programs.add(name, run, q, k, v)
+    return None
 
 
-def torch_flash(q: Array, k: Array, v: Array, *, repeats: int) -> dict[str, Any]:
-    """FlashAttention-2 through torch's scaled_dot_product_attention, where torch sees a GPU."""
+def other_peers(q: Array, k: Array, v: Array) -> dict[str, Times]:
+    """Times torch's FlashAttention-2 and tokamax's Mosaic kernel, where they are installed."""
+    if q.shape[1] > _MAX_OTHER_LENGTH:
+        reason = {"skipped": f"left out beyond {_MAX_OTHER_LENGTH} tokens"}
+        return {"torch-fa2": reason, "tokamax": reason}
+    return {"torch-fa2": _torch_flash(q, k, v), "tokamax": _tokamax(q, k, v)}
+
+
+def _torch_flash(q: Array, k: Array, v: Array) -> Times:
     try:
         import torch
         from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -61,25 +64,23 @@ def torch_flash(q: Array, k: Array, v: Array, *, repeats: int) -> dict[str, Any]
             torch.nn.functional.scaled_dot_product_attention(
                 *arrays, is_causal=True, enable_gqa=True
             )
-        torch.cuda.synchronize()
 
-    seconds = timed(run, repeats=repeats)
+    seconds = time_calls(run, wait=lambda _: torch.cuda.synchronize())
     del arrays
     torch.cuda.empty_cache()
-    return {"seconds": seconds, "torch": torch.__version__}
+    return {"seconds": seconds, "version": torch.__version__}
 
 
-def tokamax_dense(q: Array, k: Array, v: Array, *, repeats: int) -> dict[str, Any]:
-    """Tokamax's Mosaic GPU kernel, where it is installed."""
+def _tokamax(q: Array, k: Array, v: Array) -> Times:
     try:
         import tokamax
     except ImportError:
         return {"skipped": "tokamax is not installed"}
     if jax.default_backend() != "gpu":
         return {"skipped": "tokamax's Mosaic kernel needs a GPU"}
-    run = jax.jit(
-        lambda q, k, v: tokamax.dot_product_attention(
-            q, k, v, is_causal=True, implementation="mosaic"
-        )
-    )
-    return {"seconds": timed(lambda: run(q, k, v), repeats=repeats)}
+    run = functools.partial(tokamax.dot_product_attention, is_causal=True, implementation="mosaic")
+    try:
+        compiled = jax.jit(run).lower(q, k, v).compile()
+    except Exception as error:  # a peer that cannot serve must not end the run
+        return {"skipped": f"does not compile: {type(error).__name__}: {str(error)[:200]}"}
+    return {"seconds": time_calls(compiled, q, k, v)}

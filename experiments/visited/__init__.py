@@ -1,0 +1,1 @@
+"""`minference visited`: what the lines of real heads make attention visit."""

@@ -1,0 +1,99 @@
+"""Compiling programs side by side, each once, and timing their calls."""
+
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+
+# What a program is compiled for.
+Shaped = jax.Array | jax.ShapeDtypeStruct
+
+# A call that takes longer is timed once: the first call, compiled beforehand.
+_LONG = 1.0
+_ROUNDS, _LEAST_ROUNDS = 5, 3
+_MOST_CALLS = 20
+
+
+class Programs:
+    """Jitted programs by a name and the shapes of what they take.
+
+    `add` all of them, `compile` once (in threads: XLA and ptxas run outside Python's lock), then
+    `get` each. Arguments of equal shapes share a program, so other data compiles nothing.
+    """
+
+    def __init__(self) -> None:
+        self._wanted: dict[Any, tuple[Callable, tuple]] = {}
+        self._compiled: dict[Any, Callable] = {}
+
+    def add(self, name: str, function: Callable, *arguments: Any) -> None:
+        """Notes a program; arguments may be arrays or shapes."""
+        key = _key(name, arguments)
+        if key not in self._compiled:
+            self._wanted.setdefault(key, (function, jax.tree.map(_shape, arguments)))
+
+    def compile(self) -> None:
+        """Compiles what was added since the last call; raises what a compilation raised."""
+
+        def build(program):
+            function, shapes = program
+            return jax.jit(function).lower(*shapes).compile()
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            compiled = list(pool.map(build, self._wanted.values()))
+        self._compiled |= dict(zip(self._wanted, compiled, strict=True))
+        self._wanted = {}
+
+    def get(self, name: str, *arguments: Any) -> Callable:
+        """The program for arguments of these shapes; raises KeyError if it was not added."""
+        return self._compiled[_key(name, arguments)]
+
+
+def time_calls(
+    call: Callable[..., Any],
+    *arguments: Any,
+    check: Callable[[Any], None] | None = None,
+    wait: Callable[[Any], Any] = jax.block_until_ready,
+    target: float = 0.25,
+) -> list[float]:
+    """Seconds of one call, measured several times; nothing else runs meanwhile.
+
+    Short calls are queued together, so that what is timed is the device and not the way to it. A
+    call of over a second is timed once.
+
+    Args:
+        call: compiled, so that its first call does no more than later ones.
+        *arguments: of the call.
+        check: given the first result before anything else is timed; raises if it is wrong.
+        wait: returns once a result is there.
+        target: seconds to spend in all.
+    """
+    start = time.perf_counter()
+    result = wait(call(*arguments))
+    first = time.perf_counter() - start
+    if check is not None:
+        check(result)
+    del result
+    if first > _LONG:
+        return [first]
+    start = time.perf_counter()
+    wait(call(*arguments))
+    warm = time.perf_counter() - start
+    number = max(1, min(_MOST_CALLS, int(target / _ROUNDS / warm)))
+    rounds: list[float] = []
+    while len(rounds) < _ROUNDS and (len(rounds) < _LEAST_ROUNDS or sum(rounds) < _LONG):
+        start = time.perf_counter()
+        wait([call(*arguments) for _ in range(number)][-1])
+        rounds.append((time.perf_counter() - start) / number)
+    return rounds
+
+
+def _key(name: str, arguments: tuple) -> Any:
+    leaves, structure = jax.tree.flatten(arguments)
+    return name, structure, tuple((x.shape, x.dtype) for x in leaves)
+
+
+def _shape(x: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
