@@ -1,5 +1,16 @@
 """MInference in JAX: patterns, index estimation and sparse attention for long-context prefill."""
 
+from minference_jax import metrics as metrics
+from minference_jax.adaptive import AdaptiveAttention as AdaptiveAttention
+from minference_jax.adaptive import BlockDiagonals as BlockDiagonals
+from minference_jax.adaptive import BlockThreshold as BlockThreshold
+from minference_jax.adaptive import Estimator as Estimator
+from minference_jax.adaptive import FlexPrefill as FlexPrefill
+from minference_jax.adaptive import IndexedAttention as IndexedAttention
+from minference_jax.adaptive import Layout as Layout
+from minference_jax.adaptive import WithColumns as WithColumns
+from minference_jax.adaptive import XAttention as XAttention
+from minference_jax.adaptive import triangle_mix as triangle_mix
 from minference_jax.attention import DenseAttention as DenseAttention
 from minference_jax.attention import SparseAttention as SparseAttention
 from minference_jax.attention import VisitedPairs as VisitedPairs

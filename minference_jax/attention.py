@@ -8,14 +8,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from minference_jax.index import build_index, dense_index
+from minference_jax.index.lines import LAST_Q
 from minference_jax.patterns import HeadPatterns, VerticalSlash
 from pallas_kernels import BlockSparseIndex, block_sparse_attention
 from pallas_kernels.block_sparse_attention.api import Implementation
 from pallas_kernels.block_sparse_attention.index import ALIGNMENT
 from pallas_kernels.common.checks import check_attention_shapes, check_lengths
-
-# Queries that vertical-slash heads estimate from (paper, Algorithm 2).
-LAST_Q = 64
 
 
 @no_type_check

@@ -59,8 +59,8 @@ def block_tiles(
 
 def _one_head(q, k, budget, length, *, q_offset, block_q, block_kv, max_tiles):
     """One head: q [q_len, head_dim], k [kv_len, head_dim]."""
-    q_mean = _block_means(q, block_q, length - q_offset)
-    k_mean = _block_means(k, block_kv, length)
+    q_mean = block_means(q, block_q, length - q_offset)
+    k_mean = block_means(k, block_kv, length)
     tile_start = jnp.arange(k_mean.shape[0]) * block_kv
     rows = q_mean.shape[0]
     step = min(_ROWS_PER_STEP, rows)
@@ -103,8 +103,10 @@ def _largest(scores, k, capacity):
     return jax.lax.top_k(key, capacity, is_stable=False)[1]
 
 
-def _block_means(x, block, length):
-    """Means over blocks of rows, of the rows below length alone."""
+def block_means(
+    x: Float[Array, "rows width"], block: int, length: Int[Array, ""]
+) -> Float[Array, "blocks width"]:
+    """Means over blocks of rows, of the rows below length alone; float32, 0 where there is none."""
     rows, width = x.shape
     padded = round_up(rows, block)
     real = jnp.arange(padded) < length

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from minference_jax.index import block_sparse, fallback, lines, tiles
+from minference_jax.index import block_sparse, dense, fallback, lines, tiles
 from minference_jax.index.select import compact
 from minference_jax.patterns import HeadPatterns, Kind
 from pallas_kernels.block_sparse_attention.index import (
@@ -57,22 +57,21 @@ def build_index(
     later = block_q // 2 if stagger else 0
     run = {"block_q": block_q - later, "block_kv": block_kv}
     columns, column_count, near = _line_lists(patterns, q, k, lengths, q_offset, last_q, run)
-    everything = tiles.tiles_of_everything(kv_len, q_offset % ALIGNMENT, **blocks)
 
     rows = num_q_blocks(q_len, block_q)
     first = q_offset + jnp.arange(rows) * block_q
-    origin = first // ALIGNMENT * ALIGNMENT
+    everything, dense_count, dense_origin = dense.dense_lists(first, kv_len, **blocks)
+    dense_count = dense_count[None, None, :]
     real = first[None, None, :] < lengths[:, None, None]
-    reach = lambda entries: tiles.count_reaching(entries, origin + later, block_kv)
-    dense_count = tiles.count_reaching(everything, origin, block_kv)[None, None, :]
+    reach = lambda entries: tiles.count_reaching(entries, dense_origin + later, block_kv)
     kind, last_size = (x[None, :, None] for x in (patterns.kind, patterns.last_size))
     reaches_end = (first + block_q)[None, None, :] > lengths[:, None, None] - last_size
-    dense = (kind == Kind.DENSE) | ((kind == Kind.TRI_SHAPE) & (last_size > 0) & reaches_end)
+    full = (kind == Kind.DENSE) | ((kind == Kind.TRI_SHAPE) & (last_size > 0) & reaches_end)
     capacity = near.shape[2]
-    begin = jnp.where(dense, capacity, 0)
-    count = jnp.where(dense, dense_count, jax.vmap(jax.vmap(reach))(near))
-    origin = jnp.broadcast_to(origin, begin.shape)
-    shift = jnp.where(dense, 0, later)
+    begin = jnp.where(full, capacity, 0)
+    count = jnp.where(full, dense_count, jax.vmap(jax.vmap(reach))(near))
+    origin = jnp.broadcast_to(dense_origin, begin.shape)
+    shift = jnp.where(full, 0, later)
     entries = [near, jnp.broadcast_to(everything, (batch, heads, everything.shape[0]))]
     blocks_at = capacity + everything.shape[0]
 
@@ -95,7 +94,7 @@ def build_index(
         above = above[:, :, None]
         begin = jnp.where(above, capacity, begin)
         count = jnp.where(above & real, dense_count, count)
-        origin = jnp.where(above, first // ALIGNMENT * ALIGNMENT, origin)
+        origin = jnp.where(above, dense_origin, origin)
         shift = jnp.where(above, 0, shift)
 
     return BlockSparseIndex(
@@ -107,39 +106,6 @@ def build_index(
         column_count=column_count,
         shift=shift.astype(jnp.int32) if stagger else None,
         **blocks,
-    )
-
-
-def dense_index(
-    batch: int,
-    heads: int,
-    q_len: int,
-    kv_len: int,
-    *,
-    lengths: Int[Array, " batch"] | None = None,
-    q_offset: Int[Array, ""] | None = None,
-    block_q: int,
-    block_kv: int,
-) -> BlockSparseIndex:
-    """The index that visits every causal pair."""
-    lengths, q_offset = resolve_lengths(batch, q_len, kv_len, lengths, q_offset)
-    entries = tiles.tiles_of_everything(
-        kv_len, q_offset % ALIGNMENT, block_q=block_q, block_kv=block_kv
-    )
-    first = q_offset + jnp.arange(num_q_blocks(q_len, block_q)) * block_q
-    origin = (first // ALIGNMENT * ALIGNMENT).astype(jnp.int32)
-    real = first[None, None, :] < lengths[:, None, None]
-    count = jnp.where(real, tiles.count_reaching(entries, origin, block_kv)[None, None, :], 0)
-    shape = (batch, heads, origin.shape[0])
-    return BlockSparseIndex(
-        entries=jnp.broadcast_to(entries, (batch, heads, entries.shape[0])),
-        begin=jnp.zeros(shape, jnp.int32),
-        count=jnp.broadcast_to(count, shape),
-        origin=jnp.broadcast_to(origin, shape),
-        columns=jnp.zeros((batch, heads, 0), jnp.int32),
-        column_count=jnp.zeros((batch, heads), jnp.int32),
-        block_q=block_q,
-        block_kv=block_kv,
     )
 
 

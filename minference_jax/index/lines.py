@@ -8,6 +8,9 @@ from minference_jax.index.select import top_k_mask
 from minference_jax.patterns import HeadPatterns, Kind
 from pallas_kernels.line_scores import line_scores
 
+# Queries that lines are estimated from (paper, Algorithm 2).
+LAST_Q = 64
+
 
 def last_query_scores(
     q: Float[Array, "batch q_len heads head_dim"],
@@ -18,11 +21,26 @@ def last_query_scores(
     last_q: int,
 ) -> tuple[Float[Array, "batch heads kv_len"], Float[Array, "batch heads kv_len"]]:
     """Column and diagonal sums of the softmax of each row's last real queries (Algorithm 2)."""
+    last, first = last_queries(q, lengths=lengths, q_offset=q_offset, last_q=last_q)
+    return line_scores(last, k, first=first, lengths=lengths)
+
+
+def last_queries(
+    q: Float[Array, "batch q_len heads head_dim"],
+    *,
+    lengths: Int[Array, " batch"],
+    q_offset: Int[Array, ""],
+    last_q: int,
+) -> tuple[Float[Array, "batch last_q heads head_dim"], Int[Array, " batch"]]:
+    """The last real queries of each row and the position of the first of them.
+
+    Where there are fewer than `last_q`, all queries; those at or beyond `lengths` are not real.
+    """
     q_len = q.shape[1]
     last_q = min(last_q, q_len)
     start = jnp.clip(lengths - q_offset - last_q, 0, q_len - last_q)
     take = lambda x, at: jax.lax.dynamic_slice_in_dim(x, at, last_q)
-    return line_scores(jax.vmap(take)(q, start), k, first=q_offset + start, lengths=lengths)
+    return jax.vmap(take)(q, start), q_offset + start
 
 
 def choose_lines(

@@ -3,6 +3,8 @@
 Both count before they look: on a GPU a pass over n numbers is cheaper than a sort of them.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -31,27 +33,64 @@ def top_k_mask(scores: Float[Array, " n"], k: Int[Array, ""]) -> Bool[Array, " n
     Returns:
         A mask with exactly min(k, number of non-negative scores) positions.
     """
-    # The bits of non-negative floats order as the floats do.
-    bits = jnp.where(scores >= 0.0, jax.lax.bitcast_convert_type(scores, jnp.int32), -1)
+    bits = _order_bits(scores)
     k = jnp.minimum(k, jnp.sum(bits >= 0))
+    threshold = largest_threshold(lambda values: [jnp.sum(bits >= t) >= k for t in values])
+    above = bits > threshold
+    tied = bits == threshold
+    wanted = k - jnp.sum(above)
+    last = _nth_marked(tied, jnp.maximum(wanted - 1, 0)[None])[0]
+    return above | (tied & (jnp.arange(bits.shape[0]) <= last) & (wanted > 0))
+
+
+def top_mass_count(scores: Float[Array, " n"], mass: Float[Array, ""]) -> Int[Array, ""]:
+    """How many of the largest scores it takes to reach a sum of `mass` (one head).
+
+    Args:
+        scores: float32; negative ones do not count.
+        mass: the sum to reach.
+
+    Returns:
+        The size of the smallest such set, for `top_k_mask`; the number of scores that are not
+        negative if all together do not reach it.
+    """
+    bits = _order_bits(scores)
+    sum_of = lambda mask: jnp.sum(jnp.where(mask, scores, 0.0))
+    threshold = largest_threshold(lambda values: [sum_of(bits >= t) >= mass for t in values])
+    above = bits > threshold
+    tied = jnp.sum(bits == threshold)
+    value = jax.lax.bitcast_convert_type(threshold, jnp.float32)
+    needed = jnp.ceil((mass - sum_of(above)) / jnp.where(value > 0.0, value, 1.0))
+    needed = jnp.where(value > 0.0, jnp.clip(needed, 0.0, tied), tied)
+    return jnp.where(mass > 0.0, jnp.sum(above) + needed.astype(jnp.int32), 0)
+
+
+def largest_threshold(
+    enough: Callable[[list[Int[Array, " *shape"]]], list[Bool[Array, " *shape"]]],
+    shape: tuple[int, ...] = (),
+) -> Int[Array, " *shape"]:
+    """The largest positive number for which `enough` holds, 0 where there is none.
+
+    Found digit by digit on the bits of a float, so that a budget may be data: `enough` is asked
+    about a few thresholds at once and must hold for every number below one for which it holds.
+    """
     passes = cdiv(_WIDTH, _DIGIT)
 
     def refine(i, threshold):
         shift = _DIGIT * (passes - 1 - i)
         # The first pass has fewer bits left than a digit.
         largest = jnp.right_shift(2**_WIDTH - 1, shift)
-        enough = [
-            (digit <= largest) & (jnp.sum(bits >= threshold + (digit << shift)) >= k)
-            for digit in range(1, 1 << _DIGIT)
-        ]
-        return threshold + (sum(x.astype(jnp.int32) for x in enough) << shift)
+        digits = range(1, 1 << _DIGIT)
+        held = enough([threshold + (digit << shift) for digit in digits])
+        steps = [(digit <= largest) & holds for digit, holds in zip(digits, held, strict=True)]
+        return threshold + (sum(x.astype(jnp.int32) for x in steps) << shift)
 
-    threshold = jax.lax.fori_loop(0, passes, refine, jnp.int32(0))
-    above = bits > threshold
-    tied = bits == threshold
-    wanted = k - jnp.sum(above)
-    last = _nth_marked(tied, jnp.maximum(wanted - 1, 0)[None])[0]
-    return above | (tied & (jnp.arange(bits.shape[0]) <= last) & (wanted > 0))
+    return jax.lax.fori_loop(0, passes, refine, jnp.zeros(shape, jnp.int32))
+
+
+def _order_bits(scores):
+    """Integers that order as the scores do; -1 for negative ones."""
+    return jnp.where(scores >= 0.0, jax.lax.bitcast_convert_type(scores, jnp.int32), -1)
 
 
 def compact(
@@ -64,8 +103,10 @@ def compact(
     """
     n = values.shape[0]
     if size * _BLOCK > n:
-        at = jnp.where(mask, jnp.cumsum(mask) - 1, size)
-        return jnp.full((size,), fill, jnp.int32).at[at].set(values, mode="drop")
+        # What is dropped has places of its own, so that no two writes meet.
+        at = jnp.where(mask, jnp.cumsum(mask) - 1, size + jnp.arange(n))
+        empty = jnp.full((size,), fill, jnp.int32)
+        return empty.at[at].set(values, mode="drop", unique_indices=True)
     at = _nth_marked(mask, jnp.arange(size))
     return jnp.where(at < n, values[jnp.minimum(at, n - 1)], fill)
 

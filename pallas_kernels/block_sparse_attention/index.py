@@ -101,17 +101,16 @@ class BlockSparseIndex:
         lengths, q_offset = resolve_lengths(batch, q_len, kv_len, lengths, q_offset)
 
         part = self.block_q // self.halves
+        most = _longest_list(kv_len, self.block_q, self.block_kv)
 
         def one_head(entries, begin, count, origin, shift, columns, column_count, length):
             def one_part(half, number, begin, count, origin, shift):
                 origin = origin + half * shift
                 first = q_offset + number * self.block_q + half * part
                 rows = jnp.clip(jnp.minimum(length, q_offset + q_len) - first, 0, part)
-                slot = jnp.arange(entries.shape[0])
-                start = origin + entries
+                start = origin + _list_of(entries, begin, count, most)
                 low = jnp.maximum(start, 0)
-                used = (slot >= begin) & (slot < begin + count)
-                width = jnp.where(used, start + self.block_kv - low, 0)
+                width = start + self.block_kv - low
                 tiles = _sum_clipped(first + 1 - low, rows, jnp.maximum(width, 0))
                 covered = covered_columns(entries, begin, count, origin, columns, self.block_kv)
                 use = (jnp.arange(columns.shape[0]) < column_count) & ~covered
@@ -149,22 +148,17 @@ class BlockSparseIndex:
 
         def one_head(entries, begin, count, origin, shift, columns, column_count, length):
             def one_part(half, begin, count, origin, shift):
-                slot = jnp.arange(entries.shape[0])
-                used = (slot >= begin) & (slot < begin + count)
-                edges = jnp.zeros((kv_len + 1,), jnp.int32)
-                start = jnp.where(used, origin + half * shift + entries, NO_TILE)
-                edges = edges.at[jnp.clip(start, 0, kv_len)].add(1)
-                edges = edges.at[jnp.clip(start + self.block_kv, 0, kv_len)].add(-1)
-                return jnp.cumsum(edges)[:kv_len] > 0
+                return visited_keys(
+                    entries, begin, count, origin + half * shift, columns, column_count,
+                    kv_len=kv_len, block_q=self.block_q, block_kv=self.block_kv,
+                )  # fmt: skip
 
             def one_tile(tile):
                 return jnp.stack([one_part(half, *tile) for half in range(self.halves)])
 
             tiles = jax.lax.map(one_tile, (begin, count, origin, shift))
             tiles = tiles.reshape(-1, kv_len)
-            wanted = jnp.where(jnp.arange(columns.shape[0]) < column_count, columns, kv_len)
-            single = jnp.zeros((kv_len,), bool).at[wanted].set(True, mode="drop")
-            rows = jnp.repeat(tiles | single[None, :], self.block_q // self.halves, axis=0)[:q_len]
+            rows = jnp.repeat(tiles, self.block_q // self.halves, axis=0)[:q_len]
             position = q_offset + jnp.arange(q_len)
             causal = key[None, :] <= position[:, None]
             return rows & causal & (key < length)[None, :]
@@ -188,6 +182,40 @@ def resolve_lengths(
         lengths = jnp.full((batch,), kv_len, jnp.int32)
     offset = kv_len - q_len if q_offset is None else q_offset
     return lengths.astype(jnp.int32), jnp.asarray(offset, jnp.int32)
+
+
+def visited_keys(
+    entries: Int[Array, " capacity"],
+    begin: Int[Array, ""],
+    count: Int[Array, ""],
+    origin: Int[Array, ""],
+    columns: Int[Array, " num_columns"],
+    column_count: Int[Array, ""],
+    *,
+    kv_len: int,
+    block_q: int,
+    block_kv: int,
+) -> Bool[Array, " kv_len"]:
+    """Keys that the tiles and columns of one head's query tile name, future keys included."""
+    most = _longest_list(kv_len, block_q, block_kv)
+    start = origin + _list_of(entries, begin, count, most)
+    edges = jnp.zeros((kv_len + 1,), jnp.int32)
+    edges = edges.at[jnp.clip(start, 0, kv_len)].add(1)
+    edges = edges.at[jnp.clip(start + block_kv, 0, kv_len)].add(-1)
+    wanted = jnp.where(jnp.arange(columns.shape[0]) < column_count, columns, kv_len)
+    return (jnp.cumsum(edges)[:kv_len] > 0).at[wanted].set(True, mode="drop")
+
+
+def _longest_list(kv_len: int, block_q: int, block_kv: int) -> int:
+    """No list of disjoint tiles that hold a key at or before a query tile's rows is longer."""
+    return cdiv(kv_len + block_q, block_kv) + 2
+
+
+def _list_of(entries: Array, begin: Array, count: Array, most: int) -> Array:
+    """One query tile's entries [at most `most`], NO_TILE where there are fewer."""
+    slot = jnp.arange(min(most, entries.shape[0]))
+    entry = entries[jnp.minimum(begin + slot, entries.shape[0] - 1)]
+    return jnp.where(slot < count, entry, NO_TILE)
 
 
 def covered_columns(

@@ -1,0 +1,121 @@
+"""From a choice of key blocks for each query tile to the index, some query tiles at a time."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from minference_jax.adaptive.layout import Layout, for_all_heads
+from minference_jax.index.dense import make_dense
+from minference_jax.index.select import compact
+from pallas_kernels.block_sparse_attention.index import NO_TILE, BlockSparseIndex, num_q_blocks
+from pallas_kernels.common.tiling import cdiv
+
+# Numbers that one step over query tiles may hold for each intermediate, over all heads: 256 MB of
+# float32. Many launches at long contexts cost less than the memory of fewer.
+ELEMENTS = 2**26
+
+
+def index_of_blocks(
+    choose: Callable[..., Array],
+    per_list: Any,
+    per_kv_head: Any,
+    q: Float[Array, "batch q_len kv_heads lists members head_dim"],
+    kv_len: int,
+    *,
+    lengths: Int[Array, " batch"],
+    q_offset: Int[Array, ""],
+    layout: Layout,
+    scores_per_tile: int,
+) -> BlockSparseIndex:
+    """The index of the blocks that `choose` keeps, of every query tile's own blocks, causal.
+
+    A query tile whose list would not fit the layout's capacity visits every key.
+
+    Args:
+        choose: `choose(per_list, per_kv_head, rows, tile, first, end)`, for one list, marks key
+            blocks [tiles, num_blocks] for some query tiles: rows [tiles, members, block_q,
+            head_dim] (those at or beyond `end` are anything), the tiles' numbers [tiles], the
+            positions of their first rows [tiles], and the position after the last real query.
+        per_list: pytree of arrays [batch, kv_heads, lists, ...] that `choose` needs.
+        per_kv_head: likewise [batch, kv_heads, ...].
+        q: queries by list.
+        kv_len: keys.
+        lengths: real keys of each batch row.
+        q_offset: position of the first query among the keys.
+        layout: tile sizes, sharing and capacity.
+        scores_per_tile: numbers that `choose` holds for a query tile of one query head.
+    """
+    batch, q_len, kv_heads, lists, members, _ = q.shape
+    num_tiles = num_q_blocks(q_len, layout.block_q)
+    num_blocks, capacity = cdiv(kv_len, layout.block_kv), layout.capacity(kv_len)
+    end = jnp.minimum(lengths, q_offset + q_len)
+    start = jnp.arange(num_blocks, dtype=jnp.int32) * layout.block_kv
+
+    def one_list(per_list, per_kv_head, end, rows, tile):
+        first = q_offset + tile * layout.block_q
+        keep = choose(per_list, per_kv_head, rows, tile, first, end)
+        own = own_blocks(first, num_blocks, layout)
+        visible = start[None, :] < jnp.minimum(first + layout.block_q, end)[:, None]
+        keep = (keep | own) & visible & (first < end)[:, None]
+        take = lambda keep: compact(start[::-1], keep[::-1], capacity, NO_TILE)
+        return jax.vmap(take)(keep), jnp.sum(keep, axis=1).astype(jnp.int32)
+
+    over_lists = jax.vmap(one_list, in_axes=(0, None, None, 0, None))
+    over_kv_heads = jax.vmap(over_lists, in_axes=(0, 0, None, 0, None))
+    over_batch = jax.vmap(over_kv_heads, in_axes=(0, 0, 0, 0, None))
+
+    heads = kv_heads * lists * members
+    per_tile = batch * heads * max(scores_per_tile, num_blocks)
+    step = max(1, min(num_tiles, ELEMENTS // per_tile))
+
+    def some_tiles(number):
+        rows = _rows_of_tiles(q, number * step, step, layout.block_q)
+        return over_batch(per_list, per_kv_head, end, rows, number * step + jnp.arange(step))
+
+    entries, count = jax.lax.map(some_tiles, jnp.arange(cdiv(num_tiles, step)))
+    shape = (batch, kv_heads * lists)
+    entries = jnp.moveaxis(entries, 0, 3).reshape(*shape, -1, capacity)[:, :, :num_tiles]
+    count = jnp.moveaxis(count, 0, 3).reshape(*shape, -1)[:, :, :num_tiles]
+    index = BlockSparseIndex(
+        entries=entries.reshape(*shape, -1),
+        begin=jnp.broadcast_to(jnp.arange(num_tiles, dtype=jnp.int32) * capacity, count.shape),
+        count=count,
+        origin=jnp.zeros_like(count),
+        columns=jnp.zeros((*shape, 0), jnp.int32),
+        column_count=jnp.zeros(shape, jnp.int32),
+        block_q=layout.block_q,
+        block_kv=layout.block_kv,
+    )
+    if capacity < num_blocks:
+        index = make_dense(index, count > capacity, kv_len, q_offset=q_offset)
+    return for_all_heads(index, q)
+
+
+def own_blocks(first: Int[Array, " tiles"], num_blocks: int, layout: Layout) -> Array:
+    """Blocks that end after a query tile's first row [tiles, num_blocks]: its own and later ones.
+
+    All others lie in the past of each of its rows.
+    """
+    end = (jnp.arange(num_blocks) + 1) * layout.block_kv
+    return end[None, :] > first[:, None]
+
+
+def _rows_of_tiles(q, tile, number, block_q):
+    """Rows of `number` query tiles from `tile` on.
+
+    Returns:
+        [batch, kv_heads, lists, number, members, block_q, head_dim]; anything beyond q's last row.
+    """
+    rows = number * block_q
+    if q.shape[1] < rows:
+        q = jnp.pad(q, ((0, 0), (0, rows - q.shape[1]), *((0, 0),) * 4))
+    # A slice that would pass the end is moved back; turning it puts the wanted rows first again.
+    at = jnp.minimum(tile * block_q, q.shape[1] - rows)
+    part = jax.lax.dynamic_slice_in_dim(q, at, rows, axis=1)
+    if q.shape[1] % rows:
+        part = jnp.roll(part, at - tile * block_q, axis=1)
+    part = part.reshape(q.shape[0], number, block_q, *q.shape[2:])
+    return part.transpose(0, 3, 4, 1, 5, 2, 6)
