@@ -14,6 +14,15 @@ from pallas_kernels import BlockSparseIndex, block_sparse_attention
 from pallas_kernels.block_sparse_attention.api import Implementation
 from pallas_kernels.block_sparse_attention.index import ALIGNMENT
 from pallas_kernels.common.checks import check_attention_shapes, check_lengths
+from pallas_kernels.common.environment import not_hopper
+
+# Wider heads leave no room in shared memory for staggered tiles, nor for tiles wider than 64 keys.
+_WIDEST_STAGGERED = 128
+
+
+def _measured_break_even() -> int:
+    """Keys for which an H200 builds an index as fast as it attends densely (32 heads of 128)."""
+    return 0 if not_hopper() else 7168
 
 
 @no_type_check
@@ -28,22 +37,29 @@ class SparseAttention:
     Attributes:
         patterns: the pattern of every head.
         block_q: query rows of a tile (static).
-        block_kv: keys of a tile (static).
+        block_kv: keys of a tile; None takes what was measured best: 96, or 128 if the patterns
+            have room for block-sparse heads, or 64 for heads wider than 128 (static).
         implementation: which kernel runs; None chooses one for the default device (static).
         dense_above: a head that would execute more than this many times the key tiles of dense
-            attention runs densely; None keeps every list (static).
+            attention runs densely; None keeps every list. A staggered tile takes 1.1 times as long
+            as a plain one (static).
         stagger: cut the tiles of lines for half a query tile's rows; the second half visits them
-            `block_q / 2` keys later. Fewer keys are visited for the same lines (static).
+            `block_q / 2` keys later. Fewer keys are visited for the same lines. None does so for
+            heads of at most 128 (static).
+        break_even: keys at which estimating an index takes as long as dense attention. A layer
+            whose budgets cannot win that time back is dense; 0 always estimates. None takes what
+            was measured on Hopper GPUs, and 0 elsewhere (static).
     """
 
     patterns: HeadPatterns
     block_q: int = dataclasses.field(default=128, metadata={"static": True})
-    block_kv: int = dataclasses.field(default=128, metadata={"static": True})
+    block_kv: int | None = dataclasses.field(default=None, metadata={"static": True})
     implementation: Implementation | None = dataclasses.field(
         default=None, metadata={"static": True}
     )
-    dense_above: float | None = dataclasses.field(default=1.0, metadata={"static": True})
-    stagger: bool = dataclasses.field(default=True, metadata={"static": True})
+    dense_above: float | None = dataclasses.field(default=0.9, metadata={"static": True})
+    stagger: bool | None = dataclasses.field(default=None, metadata={"static": True})
+    break_even: int | None = dataclasses.field(default=None, metadata={"static": True})
 
     def layer(self, number: int) -> Self:
         """The attention of one layer."""
@@ -88,14 +104,18 @@ class SparseAttention:
             )
         if shape[0] != q.shape[2]:
             raise ValueError(f"the patterns are for {shape[0]} heads, but `q` has {q.shape[2]}")
-        if self.stagger and self.block_q % (2 * ALIGNMENT):
+        if self.stagger is not False and self.block_q % (2 * ALIGNMENT):
             raise ValueError(
                 f"`stagger` needs `block_q` to be a multiple of {2 * ALIGNMENT}, got {self.block_q}"
             )
+        wide = q.shape[3] > _WIDEST_STAGGERED
+        stagger = not wide if self.stagger is None else self.stagger
+        blocks = 128 if self.patterns.max_blocks else 96
         index = build_index(
             jax.tree.map(jnp.asarray, self.patterns), q, k, lengths=lengths, q_offset=q_offset,
-            block_q=self.block_q, block_kv=self.block_kv, last_q=LAST_Q,
-            dense_above=self.dense_above, stagger=self.stagger,
+            block_q=self.block_q, block_kv=self.block_kv or (64 if wide else blocks),
+            last_q=LAST_Q, dense_above=self.dense_above, stagger=stagger,
+            break_even=_measured_break_even() if self.break_even is None else self.break_even,
         )  # fmt: skip
         out = block_sparse_attention(
             q, k, v, index, lengths=lengths, q_offset=q_offset, implementation=self.implementation
@@ -110,7 +130,7 @@ class DenseAttention:
     """Dense causal attention, as the list of all tiles: an AttentionFn for any model."""
 
     block_q: int = dataclasses.field(default=128, metadata={"static": True})
-    block_kv: int = dataclasses.field(default=128, metadata={"static": True})
+    block_kv: int | None = dataclasses.field(default=None, metadata={"static": True})
     implementation: Implementation | None = dataclasses.field(
         default=None, metadata={"static": True}
     )
@@ -141,7 +161,8 @@ class DenseAttention:
         batch, q_len, heads, _ = q.shape
         index = dense_index(
             batch, heads, q_len, k.shape[1], lengths=lengths, q_offset=q_offset,
-            block_q=self.block_q, block_kv=self.block_kv,
+            block_q=self.block_q,
+            block_kv=self.block_kv or (64 if q.shape[3] > _WIDEST_STAGGERED else 128),
         )  # fmt: skip
         out = block_sparse_attention(
             q, k, v, index, lengths=lengths, q_offset=q_offset, implementation=self.implementation

@@ -1,5 +1,8 @@
 """Heads whose list costs more than dense attention become dense.
 
+Before any list is made, a whole layer can be seen not to pay: its budgets predict a density, and
+the index takes a fixed time, which at `break_even` keys is that of dense attention.
+
 The cost of a query tile is what the kernel executes for it: its key tiles, and the tiles of
 `block_kv` gathered columns that reach back before its last row. A ragged tile costs as much as a
 full one, so a head's cost is the plain sum over the query tiles that hold a real row. Sums stay
@@ -9,6 +12,8 @@ below 2^31 up to 4M queries by 4M keys in tiles of 64.
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
+
+from minference_jax.patterns import BLOCK_SIZE, HeadPatterns, Kind
 
 
 def executed_tiles(
@@ -52,3 +57,29 @@ def heads_above(
     """
     dense_cost = jnp.sum(jnp.where(executed > 0, dense, 0), axis=2)
     return jnp.sum(executed, axis=2) > dense_above * dense_cost
+
+
+def in_doubt(q_len: int, kv_len: int, break_even: int) -> bool:
+    """Whether building an index takes a time that counts (2 %) beside dense attention."""
+    return break_even > 0 and _share(q_len, kv_len, break_even) > 0.02
+
+
+def pays(patterns: HeadPatterns, q_len: int, kv_len: int, break_even: int) -> Bool[Array, ""]:
+    """Whether one layer's budgets can win back the time that building its index takes.
+
+    A budget's density is predicted from its sizes alone: every query sees half the columns, all
+    near distances, and each searched distance costs two keys (measured on real heads: 1.8 at
+    (1000, 6096), 4 at (500, 700)); dense attention sees half the keys.
+    """
+    kind = patterns.kind
+    lined = patterns.sink_size + patterns.window_size
+    searched = patterns.vertical_size / 2 + 2.0 * patterns.slash_size
+    keys = jnp.where(kind == Kind.VERTICAL_SLASH, searched, lined)
+    keys = jnp.where(kind == Kind.BLOCK_SPARSE, patterns.num_blocks * BLOCK_SIZE, keys)
+    density = jnp.where(kind == Kind.DENSE, 1.0, keys / ((kv_len - q_len) + q_len / 2))
+    return jnp.mean(jnp.minimum(density, 1.0)) + _share(q_len, kv_len, break_even) < 1.0
+
+
+def _share(q_len, kv_len, break_even):
+    """Time of building an index over that of dense attention, which goes with the pairs."""
+    return break_even**2 / (q_len * (2 * kv_len - q_len))
