@@ -69,7 +69,7 @@ def workloads(
                     )  # fmt: skip
                     name = f"lines-{vertical}-{slash}-{spread}"
                     name += "" if staggered else "-plain"
-                    name += "" if block_kv == 128 else f"-kv{block_kv}"
+                    name += "" if block_kv == 96 else f"-kv{block_kv}"
                     yield Workload(name, lambda h, n, build=build: build(1, h, n, n))
     # 100 blocks of 64 keys are 50 tiles of 128.
     yield Workload("blocks-100", lambda h, n: make.block_sparse_index(1, h, n, n, blocks=50))
@@ -84,7 +84,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16"])
     parser.add_argument("--spreads", nargs="*", default=["contiguous", "clustered", "scattered"])
-    parser.add_argument("--block-kv", type=int, nargs="+", default=[128], help="for lines")
+    parser.add_argument("--block-kv", type=int, nargs="+", default=[96], help="for lines")
     parser.add_argument("--plain", action="store_true", help="also lines that are not staggered")
     parser.add_argument("--only", default="", help="workloads whose name contains this")
     parser.add_argument("--implementation", default="mosaic_gpu")

@@ -61,7 +61,7 @@ class Latency:
     """With --suite layer: pattern of the heads."""
     pattern_layer: int = 0
     """With --patterns: the layer of the file whose heads are taken."""
-    block_kv: tuple[int, ...] = (128,)
+    block_kv: tuple[int, ...] = (96,)
     """With --suite table: keys of a tile of lines given to the kernel."""
     lines: OptionalPath = None
     """With --suite table: line sets of real heads (an .npz file of `minference visited`)."""

@@ -57,7 +57,7 @@ def real_lines(path: Path, length: int, block_kvs: tuple[int, ...]) -> list[Work
                 staggered=True,
             )  # fmt: skip
 
-        return Workload(f"{name}-real" + ("" if block_kv == 128 else f"-kv{block_kv}"), build)
+        return Workload(f"{name}-real" + ("" if block_kv == 96 else f"-kv{block_kv}"), build)
 
     return [
         workload(name, *masks, block_kv) for name, masks in chosen.items() for block_kv in block_kvs

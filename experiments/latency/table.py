@@ -189,9 +189,9 @@ def _time(level, name, length):
 def _visited(rows, visited):
     for result in visited:
         for budget, row in result["budgets"].items():
-            ours = row["ours"].get("128")
+            ours = row["ours"].get("96")
             if ours is not None and row["original"]["visited"] < 0.9:
-                where = f"({budget.replace('-', ', ')}), {short(result['length'])}, block_kv 128"
+                where = f"({budget.replace('-', ', ')}), {short(result['length'])}, block_kv 96"
                 yield Measured(value=ours["visited_ratio"], where=where)
 
 

@@ -36,7 +36,7 @@ class Visited:
     """Tokens."""
     budgets: tuple[tuple[int, int], ...] = ((1000, 6096), (500, 700), (100, 800), (3500, 100))
     """Columns and diagonals of every head."""
-    block_kv: tuple[int, ...] = (64, 128)
+    block_kv: tuple[int, ...] = (64, 96, 128)
     """Keys of a tile."""
     save_lines: OptionalPath = None
     """.npz file for the lines of 32 heads at the last length, for `minference latency --lines`."""

@@ -110,8 +110,8 @@ def test_aims_are_judged_by_the_worst_measurement(tmp_path):
     visited = {
         "length": 16384,
         "budgets": {
-            "500-700": {"original": {"visited": 0.3}, "ours": {"128": {"visited_ratio": 1.2}}},
-            "100-800": {"original": {"visited": 0.95}, "ours": {"128": {"visited_ratio": 1.9}}},
+            "500-700": {"original": {"visited": 0.3}, "ours": {"96": {"visited_ratio": 1.2}}},
+            "100-800": {"original": {"visited": 0.95}, "ours": {"96": {"visited_ratio": 1.9}}},
         },
     }
     lines = aims_markdown(read_rows(record), [visited]).splitlines()
