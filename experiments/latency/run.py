@@ -147,10 +147,10 @@ def _compile(
     no_dense = add_jax_dense(programs, q, k, v) if peers else "not asked for"
     like = tuple(index_shapes(case, q, k, v) for case in layers)
     indices = share_shapes(indices, like=like)
+    for case in layers:  # first, because they take longest to compile
+        add_layer(programs, q, k, v, case)
     for index in indices:
         add_kernel(programs, q, k, v, index, suite.implementation)
-    for case in layers:
-        add_layer(programs, q, k, v, case)
     if layers:
         structured = functools.partial(
             structured_qkv, length=length, num_heads=config.num_heads,
