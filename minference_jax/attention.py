@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from minference_jax.index import build_index, dense_index
+from minference_jax.index import build_index, dense_index, fallback
+from minference_jax.index.dense import dense_like
 from minference_jax.index.lines import LAST_Q
 from minference_jax.patterns import HeadPatterns, VerticalSlash
 from pallas_kernels import BlockSparseIndex, block_sparse_attention
@@ -111,16 +112,28 @@ class SparseAttention:
         wide = q.shape[3] > _WIDEST_STAGGERED
         stagger = not wide if self.stagger is None else self.stagger
         blocks = 128 if self.patterns.max_blocks else 96
-        index = build_index(
-            jax.tree.map(jnp.asarray, self.patterns), q, k, lengths=lengths, q_offset=q_offset,
-            block_q=self.block_q, block_kv=self.block_kv or (64 if wide else blocks),
-            last_q=LAST_Q, dense_above=self.dense_above, stagger=stagger,
-            break_even=_measured_break_even() if self.break_even is None else self.break_even,
+        at = {"lengths": lengths, "q_offset": q_offset}
+        patterns = jax.tree.map(jnp.asarray, self.patterns)
+        build = lambda: build_index(
+            patterns, q, k, block_q=self.block_q,
+            block_kv=self.block_kv or (64 if wide else blocks), last_q=LAST_Q,
+            dense_above=self.dense_above, stagger=stagger, **at,
         )  # fmt: skip
-        out = block_sparse_attention(
-            q, k, v, index, lengths=lengths, q_offset=q_offset, implementation=self.implementation
-        )
-        return out, index
+
+        def sparse():
+            index = build()
+            attend = block_sparse_attention
+            return attend(q, k, v, index, implementation=self.implementation, **at), index
+
+        def everything():
+            attend = DenseAttention(block_q=self.block_q, implementation=self.implementation)
+            return attend(q, k, v, **at), dense_like(jax.eval_shape(build), *sizes, **at)
+
+        sizes = (q.shape[1], k.shape[1])
+        break_even = _measured_break_even() if self.break_even is None else self.break_even
+        if not fallback.in_doubt(*sizes, break_even):
+            return sparse()
+        return jax.lax.cond(fallback.pays(patterns, *sizes, break_even), sparse, everything)
 
 
 @no_type_check

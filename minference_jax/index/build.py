@@ -1,11 +1,7 @@
 """From one layer's patterns, queries and keys to the index of all its heads."""
 
-import dataclasses
-import functools
-
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 from minference_jax.index import block_sparse, dense, fallback, lines, tiles
@@ -31,7 +27,6 @@ def build_index(
     last_q: int,
     dense_above: float | None = None,
     stagger: bool = False,
-    break_even: int = 0,
 ) -> BlockSparseIndex:
     """Estimates the sparse index of every head of one layer; jittable, O(N) memory for each head.
 
@@ -51,8 +46,6 @@ def build_index(
             attention becomes dense (see `fallback`); None keeps every list as it is.
         stagger: the tiles of lines start half a query tile later for the second half of its rows,
             so that lines are cut for half as many rows and cover fewer keys.
-        break_even: keys at which this takes as long as dense attention; a layer that cannot win
-            the time back is dense, without an estimate (see `fallback.pays`). 0 always estimates.
 
     Returns:
         The index, for `pallas_kernels.block_sparse_attention`.
@@ -60,32 +53,6 @@ def build_index(
     batch, q_len, heads, _ = q.shape
     kv_len = k.shape[1]
     lengths, q_offset = resolve_lengths(batch, q_len, kv_len, lengths, q_offset)
-    estimate = functools.partial(
-        _estimate, patterns, q, k, lengths=lengths, q_offset=q_offset, block_q=block_q,
-        block_kv=block_kv, last_q=last_q, dense_above=dense_above, stagger=stagger,
-    )  # fmt: skip
-    if not fallback.in_doubt(q_len, kv_len, break_even):
-        return estimate()
-
-    def everything():
-        full = dense.dense_index(
-            batch, heads, q_len, kv_len, lengths=lengths, q_offset=q_offset, block_q=block_q,
-            block_kv=block_kv,
-        )  # fmt: skip
-        grow = lambda x, like: jnp.pad(x, [(0, n) for n in np.subtract(like.shape, x.shape)])
-        shift = jnp.zeros_like(full.begin) if stagger else None
-        return jax.tree.map(grow, dataclasses.replace(full, shift=shift), jax.eval_shape(estimate))
-
-    pays = fallback.pays(patterns, q_len, kv_len, break_even)
-    return jax.lax.cond(pays, estimate, everything)
-
-
-def _estimate(
-    patterns, q, k, *, lengths, q_offset, block_q, block_kv, last_q, dense_above, stagger
-):  # fmt: skip
-    """The index from the patterns' estimates."""
-    batch, q_len, heads, _ = q.shape
-    kv_len = k.shape[1]
     blocks = {"block_q": block_q, "block_kv": block_kv}
     later = block_q // 2 if stagger else 0
     run = {"block_q": block_q - later, "block_kv": block_kv}

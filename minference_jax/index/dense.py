@@ -2,7 +2,9 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from minference_jax.index import fallback, tiles
@@ -59,6 +61,23 @@ def dense_lists(
     )
     origin = (first // ALIGNMENT * ALIGNMENT).astype(jnp.int32)
     return entries, tiles.count_reaching(entries, origin, block_kv), origin
+
+
+def dense_like(
+    like: BlockSparseIndex,
+    q_len: int,
+    kv_len: int,
+    *,
+    lengths: Int[Array, " batch"] | None = None,
+    q_offset: Int[Array, ""] | None = None,
+) -> BlockSparseIndex:
+    """The dense index in the shapes of another, which has room for the list of everything."""
+    batch, heads = like.begin.shape[:2]
+    blocks = {"block_q": like.block_q, "block_kv": like.block_kv}
+    index = dense_index(batch, heads, q_len, kv_len, lengths=lengths, q_offset=q_offset, **blocks)
+    shift = None if like.shift is None else jnp.zeros_like(index.begin)
+    grow = lambda x, like: jnp.pad(x, [(0, n) for n in np.subtract(like.shape, x.shape)])
+    return jax.tree.map(grow, dataclasses.replace(index, shift=shift), like)
 
 
 def make_dense(
