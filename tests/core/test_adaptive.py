@@ -111,18 +111,24 @@ def small_mask(estimator, q, k):
 
 
 def small_case(estimator, q, k):
-    """Blocks [tile, block] of 8 by 8 that 40 queries of one head visit. q and k [40, width]."""
+    """Blocks [tile, block] of 8 by 8 that 40 queries of one head visit. q and k [40, 2]."""
+    q = q * 2**0.5  # takes the scale of the scores away
     mask = small_mask(estimator, *(jnp.asarray(x, jnp.float32)[None, :, None] for x in (q, k)))
     return np.asarray(mask)[7::8, ::8].astype(int).tolist()
 
 
-ONES = np.ones((40, 1))
+def rows(values, repeats=1):
+    """[40, 2] with these values before zeros."""
+    return np.stack([np.repeat(values, repeats), np.zeros(40)], axis=1)
+
+
+ONES = rows(np.ones(40))
 # Every query sees blocks of keys in the proportions 2 : 1 : 4 : 1 : 2.
-KEYS = np.repeat(np.log([2.0, 1.0, 4.0, 1.0, 2.0]), 8)[:, None]
+KEYS = rows(np.log([2.0, 1.0, 4.0, 1.0, 2.0]), 8)
 
 
 def test_threshold_by_hand():
-    k = np.repeat([3.0, 1.0, 5.0, 4.0, 9.0], 8)[:, None]
+    k = rows([3.0, 1.0, 5.0, 4.0, 9.0], 8)
     assert small_case(mj.BlockThreshold(0.3, 0, 1), ONES, k) == [
         [1, 0, 0, 0, 0],
         [1, 1, 0, 0, 0],  # only block 0 is in the past: it is the best
@@ -142,7 +148,7 @@ def test_threshold_sums_over_rows():
     q[32] = [0.0, 5.0]
     # The blocks' sums are 7 * 2/3, 1, 7 * 1/3 and 0: shares of the best 1, 0.21, 0.5 and 0.
     for alpha, kept in ((0.55, [1, 0, 0, 0, 1]), (0.45, [1, 0, 1, 0, 1]), (0.2, [1, 1, 1, 0, 1])):
-        assert small_case(mj.BlockThreshold(alpha, 0, 1), q * 2**0.5, k)[4] == kept, alpha
+        assert small_case(mj.BlockThreshold(alpha, 0, 1), q, k)[4] == kept, alpha
 
 
 def test_antidiagonals_by_hand():
@@ -155,8 +161,8 @@ def test_antidiagonals_by_hand():
     ):
         assert small_case(mj.XAttention(tau, stride=8), ONES, KEYS)[4] == kept, tau
     # Row 2 of tile 4 meets key 5 of a block on the antidiagonal, but not key 4.
-    q, k = np.zeros((40, 1)), np.zeros((40, 1))
-    q[34], k[8 + 5], k[16 + 4] = 8.0, 3.0, 9.0
+    q, k = np.zeros((40, 2)), np.zeros((40, 2))
+    q[34, 0], k[8 + 5, 0], k[16 + 4, 0] = 8.0, 3.0, 9.0
     # The weights are 1, e^3, 1, 1 and 1.
     assert small_case(mj.XAttention(0.9, stride=8), q, k)[4] == [1, 1, 0, 0, 1]
 
@@ -164,8 +170,8 @@ def test_antidiagonals_by_hand():
 def test_flex_prefill_by_hand():
     # Vertical-slash: key 17 has all mass of the last eight queries, at distances 15 to 22. Two
     # blocks of each at least: columns 0 (forced) and 2, diagonals 0 (forced) and 2.
-    k = np.zeros((40, 1))
-    k[17] = 20.0
+    k = np.zeros((40, 2))
+    k[17, 0] = 20.0
     assert small_case(mj.FlexPrefill(0.9, 0.0, min_budget=16), ONES, k) == [
         [1, 0, 0, 0, 0],
         [1, 1, 0, 0, 0],
@@ -268,34 +274,6 @@ def test_a_list_that_overflows_becomes_dense(prompts):
         np.testing.assert_array_equal(small[b, :, :length], want[b, :, :length])
 
 
-def test_no_query_tile_executes_more_than_dense(prompts):
-    arrays = (*map(jnp.asarray, prompts), jnp.full((2,), KV_LEN))
-    _, plain, mask = attend(attention(hybrid()).for_layers(1).layer(0), *arrays)
-
-    @jax.jit
-    def estimate(made, q, k):
-        index = made.estimate(q, k)
-        return index, index.to_mask(Q_LEN, KV_LEN)
-
-    made = attention(hybrid(), dense_above=0.9).for_layers(1).layer(0)
-    index, found = estimate(made, *arrays[:2])
-    validate(index)
-    # The first row is at 64, so query tiles begin where key tiles do.
-    end = KV_LEN - Q_LEN + 32 * np.arange(1, 4)
-    plain = jax.device_get(plain)
-    used = np.arange(plain.columns.shape[2]) < plain.column_count[..., None]
-    seen = used[:, :, None] & (plain.columns[:, :, None] < end[:, None])
-    executed = plain.count + -(-seen.sum(axis=3) // 16)
-    dense = end // 16
-    fell_back = executed > 0.9 * dense
-    assert fell_back.any()
-    assert not fell_back.all()
-    rows = np.repeat(fell_back, 32, axis=2)[:, :, :Q_LEN]
-    want = np.where(rows[..., None], causal_mask(Q_LEN, KV_LEN), np.asarray(mask))
-    np.testing.assert_array_equal(found, want)
-    np.testing.assert_array_equal(index.count, np.where(fell_back, dense, plain.count))
-
-
 def test_real_rows_do_not_depend_on_padding_or_other_rows(prompts):
     q, k, v = map(jnp.asarray, prompts)
     made = attention(hybrid()).for_layers(1).layer(0)
@@ -309,27 +287,51 @@ def test_real_rows_do_not_depend_on_padding_or_other_rows(prompts):
     np.testing.assert_array_equal(again[0][0, :real], together[1, :real])
 
 
-def test_parameters_are_data(prompts):
-    q, k, v = map(jnp.asarray, prompts)
-    lengths = jnp.asarray(LENGTHS)
+def costly(index, dense_above):
+    """Which query tiles execute more than this many times what dense attention does, and that."""
+    # The first row is at 64, so query tiles begin where key tiles do.
+    end = KV_LEN - Q_LEN + 32 * np.arange(1, 4)
+    used = np.arange(index.columns.shape[2]) < index.column_count[..., None]
+    seen = used[:, :, None] & (index.columns[:, :, None] < end[:, None])
+    executed = index.count + -(-seen.sum(axis=3) // 16)
+    return executed > dense_above * (end // 16), end // 16
 
-    @jax.jit
-    def scan(made, q, k, lengths):
-        estimate = lambda _, layer: (None, layer.estimate(q, k, lengths=lengths))
-        return jax.lax.scan(estimate, None, made)[1]
 
-    attend(attention(hybrid()).for_layers(1).layer(0), q, k, v, lengths)
+def test_parameters_are_data_and_costly_query_tiles_dense(prompts):
+    arrays = (*map(jnp.asarray, prompts), jnp.asarray(LENGTHS))
+    attend(attention(hybrid()).for_layers(1).layer(0), *arrays)
     programs = attend._cache_size()
     alphas = np.repeat([0.1, 0.5, 0.9], HEADS).reshape(3, HEADS)
     layers = attention(hybrid(alphas)).for_layers(3)
-    found = [np.asarray(attend(layers.layer(i), q, k, v, lengths)[1].count) for i in range(3)]
+    plain = [jax.device_get(attend(layers.layer(i), *arrays)[1:]) for i in range(3)]
     assert attend._cache_size() == programs
-    assert len({x.tobytes() for x in found}) == 3
-    np.testing.assert_array_equal(scan(layers, q, k, lengths).count, np.stack(found))
+    assert len({index.count.tobytes() for index, _ in plain}) == 3
+
+    @jax.jit
+    def scan(made, q, k, lengths):
+        def layer(_, made):
+            index = made.estimate(q, k, lengths=lengths)
+            return None, (index, index.to_mask(Q_LEN, KV_LEN, lengths=lengths))
+
+        return jax.lax.scan(layer, None, made)[1]
+
+    made = attention(hybrid(alphas), dense_above=0.9).for_layers(3)
+    found, masks = scan(made, arrays[0], arrays[1], arrays[3])
+    fell_back = []
+    for (index, mask), count, got in zip(plain, np.asarray(found.count), masks, strict=True):
+        above, dense = costly(index, 0.9)
+        np.testing.assert_array_equal(count, np.where(above, dense, index.count))
+        rows = np.repeat(above, 32, axis=2)[:, :, :Q_LEN]
+        want = np.where(rows[..., None], causal_mask(Q_LEN, KV_LEN), mask)
+        for b, length in enumerate(LENGTHS - (KV_LEN - Q_LEN)):
+            np.testing.assert_array_equal(got[b, :, :length], want[b, :, :length])
+        fell_back.append(above)
+    assert 0 < np.sum(fell_back) < np.size(fell_back)
     alphas[0] = [0.1, 0.5, 0.9, 0.1]
-    mixed = np.stack([found[at][:, h] for h, at in enumerate((0, 1, 2, 0))], axis=1)
-    layers = attention(hybrid(alphas)).for_layers(3)
-    np.testing.assert_array_equal(scan(layers, q, k, lengths).count[0], mixed)
+    mixed = attention(hybrid(alphas), dense_above=0.9).for_layers(3)
+    count = np.asarray(scan(mixed, arrays[0], arrays[1], arrays[3])[0].count)[0]
+    of_head = np.stack([found.count[at][:, h] for h, at in enumerate((0, 1, 2, 0))], axis=1)
+    np.testing.assert_array_equal(count, of_head)
 
 
 def test_an_index_from_outside_is_visited_as_it_is(prompts):
@@ -337,7 +339,8 @@ def test_an_index_from_outside_is_visited_as_it_is(prompts):
     lengths = jnp.asarray(LENGTHS)
     _, index, mask = attend(attention(hybrid()).for_layers(1).layer(0), q, k, v, lengths)
     layers = mj.IndexedAttention(jax.tree.map(lambda x: jnp.stack([0 * x, x]), index), "reference")
-    out, used = layers.layer(1).attend(q, k, v, lengths=lengths)
+    visit = jax.jit(lambda made, q, k, v, lengths: made.attend(q, k, v, lengths=lengths))
+    out, used = visit(layers.layer(1), q, k, v, lengths)
     np.testing.assert_array_equal(used.entries, index.entries)
     want = masked_attention(*prompts, np.asarray(mask))
     for b, length in enumerate(LENGTHS - (KV_LEN - Q_LEN)):
