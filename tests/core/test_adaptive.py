@@ -360,18 +360,18 @@ def test_triangle_mix_is_dense_below_a_layer():
 
 @pytest.mark.parametrize(
     "estimator",
-    [mj.BlockThreshold(0.1), mj.XAttention(0.9), mj.FlexPrefill(0.9)],
-    ids=["threshold", "antidiagonals", "flex"],
+    [mj.BlockThreshold(0.1), mj.XAttention(0.9)],
+    ids=["threshold", "antidiagonals"],
 )
 def test_scores_are_never_held_at_once(monkeypatch, estimator):
-    # All scores of 65,536 rows with the means of 512 blocks would be 134 MB for each head.
+    # All scores would be 134 MB (65,536 rows, 512 blocks) or 67 MB (4096 groups) for each head.
     monkeypatch.setattr(lists, "ELEMENTS", 2**20)
     shape = jax.ShapeDtypeStruct((1, 2**16, 2, 16), jnp.float32)
     lengths = jax.ShapeDtypeStruct((1,), jnp.int32)
     estimate = lambda made, q, k, lengths: made.estimate(q, k, lengths=lengths)
     lowered = jax.jit(estimate).lower(mj.AdaptiveAttention(estimator), shape, shape, lengths)
     compiled = lowered.compile()
-    assert compiled.memory_analysis().temp_size_in_bytes < 100e6
+    assert compiled.memory_analysis().temp_size_in_bytes < 60e6
 
 
 @pytest.mark.usefixtures("as_users_see_it")
