@@ -177,13 +177,13 @@ class IndexedAttention:
 
 
 def _layer(attention, number):
-    counts = {x.shape[0] if getattr(x, "ndim", 0) > 1 else None for x in jax.tree.leaves(attention)}
-    if len(counts) > 1 or None in counts:
+    shapes = [jnp.shape(x) for x in jax.tree.leaves(attention)]
+    if any(len(shape) < 2 for shape in shapes):
         raise ValueError(
             "this is the attention of one layer: its parameters have no leading [layers] axis; see "
             "`for_layers`"
         )
-    layers = counts.pop()
+    layers = shapes[0][0]
     if not -layers <= number < layers:
         raise ValueError(f"layer {number} of an attention with {layers} layers")
     return jax.tree.map(lambda x: x[number], attention)

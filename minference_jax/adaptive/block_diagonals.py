@@ -1,6 +1,7 @@
 """Whole block diagonals, by the mass that the last queries give to their distances."""
 
 import dataclasses
+import functools
 from typing import Any, no_type_check
 
 import jax
@@ -123,4 +124,4 @@ def diagonal_mass(
     parts = [
         jnp.sum(slash[w : w + num_diagonals] * chance[w][None, :], axis=1) for w in range(windows)
     ]
-    return sum(parts)
+    return functools.reduce(jnp.add, parts)

@@ -28,7 +28,7 @@ from pallas_kernels.common.tiling import cdiv
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
 class FlexPrefill:
-    """Chooses between two patterns for each head, and how much of it (Lai et al. 2025).
+    """Chooses between two patterns for each head, and how much of it (ICLR 2025).
 
     The last block_q queries' softmax gives the mass of each key and of each distance (as shares).
     * Vertical-slash: as many blocks of keys as `1 + floor(n / block_kv)`, where n of the largest
@@ -128,13 +128,13 @@ def _choose_lines(budgets, vertical, slash, last, means, end, *, layout):
     num_blocks = means.shape[0]
     block = jnp.arange(num_blocks)
     real = block * layout.block_kv < end
-    vertical, slash = (x / jnp.maximum(jnp.sum(x), 1e-30) for x in (vertical, slash))
+    shares = jnp.stack([vertical, slash])
+    shares = shares / jnp.maximum(jnp.sum(shares, axis=1, keepdims=True), 1e-30)
     pool = lambda x: jnp.sum(
         jnp.pad(x, (0, num_blocks * layout.block_kv - x.shape[0])).reshape(num_blocks, -1), axis=1
     )
-    mass = pool(vertical)
     estimate = _map(last[None], means, real[None])[0]
-    query_aware = _js_distance(estimate, mass) < budgets.tau
+    query_aware = _js_distance(estimate, pool(shares[0])) < budgets.tau
     low, high = (jnp.maximum(x // layout.block_kv, 1) for x in budgets[2:])
 
     def choose(scores):
@@ -143,7 +143,8 @@ def _choose_lines(budgets, vertical, slash, last, means, end, *, layout):
         blocks = jnp.where(block == 0, jnp.inf, jnp.where(real, pool(scores), -1.0))
         return top_k_mask(blocks, jnp.where(query_aware, low, wanted))
 
-    return _Lines(choose(vertical), choose(slash), query_aware)
+    columns, diagonals = jax.vmap(choose)(shares)
+    return _Lines(columns, diagonals, query_aware)
 
 
 def _choose(per_list, means, rows, tile, first, end, *, layout):

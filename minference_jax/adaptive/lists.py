@@ -76,22 +76,29 @@ def index_of_blocks(
         return over_batch(per_list, per_kv_head, end, rows, number * step + jnp.arange(step))
 
     entries, count = jax.lax.map(some_tiles, jnp.arange(cdiv(num_tiles, step)))
-    shape = (batch, kv_heads * lists)
-    entries = jnp.moveaxis(entries, 0, 3).reshape(*shape, -1, capacity)[:, :, :num_tiles]
-    count = jnp.moveaxis(count, 0, 3).reshape(*shape, -1)[:, :, :num_tiles]
-    index = BlockSparseIndex(
-        entries=entries.reshape(*shape, -1),
-        begin=jnp.broadcast_to(jnp.arange(num_tiles, dtype=jnp.int32) * capacity, count.shape),
-        count=count,
-        origin=jnp.zeros_like(count),
-        columns=jnp.zeros((*shape, 0), jnp.int32),
-        column_count=jnp.zeros(shape, jnp.int32),
-        block_q=layout.block_q,
-        block_kv=layout.block_kv,
-    )
+    # [steps, batch, kv_heads, lists, tiles of a step, ...] to [batch, all lists, tiles, ...]
+    by_list = lambda x: jnp.moveaxis(x, 0, 3).reshape(batch, kv_heads * lists, -1, *x.shape[5:])
+    entries, count = (by_list(x)[:, :, :num_tiles] for x in (entries, count))
+    index = _index(entries, count, layout)
     if capacity < num_blocks:
         index = make_dense(index, count > capacity, kv_len, q_offset=q_offset)
     return for_all_heads(index, q)
+
+
+def _index(entries, count, layout):
+    """The index whose query tiles have lists of their own [batch, lists, tiles, capacity]."""
+    batch, lists, tiles, capacity = entries.shape
+    begin = jnp.arange(tiles, dtype=jnp.int32) * capacity
+    return BlockSparseIndex(
+        entries=entries.reshape(batch, lists, -1),
+        begin=jnp.broadcast_to(begin, count.shape),
+        count=count,
+        origin=jnp.zeros_like(count),
+        columns=jnp.zeros((batch, lists, 0), jnp.int32),
+        column_count=jnp.zeros((batch, lists), jnp.int32),
+        block_q=layout.block_q,
+        block_kv=layout.block_kv,
+    )
 
 
 def own_blocks(first: Int[Array, " tiles"], num_blocks: int, layout: Layout) -> Array:

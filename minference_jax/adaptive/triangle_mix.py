@@ -15,7 +15,7 @@ def triangle_mix(
 ) -> HeadPatterns:
     """Patterns for `SparseAttention`: dense below layer `first_triangle`, tri-shape from there on.
 
-    A triangle is a sink, a local window, and the last rows whole (He et al. 2025); nothing is
+    A triangle is a sink, a local window, and the last rows whole (arXiv:2507.21526); nothing is
     estimated.
 
     Args:

@@ -33,16 +33,16 @@ class WithColumns:
     Attributes:
         blocks: the other estimator; it must not choose columns itself.
         num_columns: columns of each list.
-        max_columns: capacity to compile for; None takes the next power of two (static).
+        max_columns: capacity to compile for; 0 takes the next power of two (static).
     """
 
     blocks: Estimator
     num_columns: Any
-    max_columns: int | None = dataclasses.field(default=None, metadata={"static": True})
+    max_columns: int = dataclasses.field(default=0, metadata={"static": True})
 
     def __post_init__(self) -> None:
         """Raises ValueError for a budget out of range, or for an array without a capacity."""
-        if self.max_columns is None:
+        if not self.max_columns:
             if not isinstance(self.num_columns, int):
                 raise ValueError("`max_columns` must be given where `num_columns` is an array")
             check_number("num_columns", self.num_columns, 0, 2**30)

@@ -25,7 +25,7 @@ class XAttention:
     Queries and keys are grouped by `stride`; the score of two groups is the sum of the scaled
     products on the antidiagonal of their square, divided by `stride`. The softmax of that over the
     groups of keys that begin no later than the group of queries, summed over the groups in a query
-    tile and a key block, is the block's mass (Xu et al. 2025). The first block and the query
+    tile and a key block, is the block's mass (ICML 2025). The first block and the query
     tile's own are always kept; their mass counts.
 
     Attributes:

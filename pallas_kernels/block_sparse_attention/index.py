@@ -31,7 +31,8 @@ class BlockSparseIndex:
     it is named, only real keys (0 <= key < length) count, and only those at or before the row.
 
     Invariants: starts of one query tile are strictly descending, at least `block_kv` apart (tiles
-    are disjoint) and multiples of ALIGNMENT; columns strictly ascend. `validate` checks them.
+    are disjoint) and multiples of ALIGNMENT; columns strictly ascend. `validate` checks them. No
+    list is longer than one whose tiles all hold a key that could be before its last row.
 
     Attributes:
         entries: int32 [batch, heads, capacity]; unused entries are NO_TILE.

@@ -9,35 +9,28 @@ import pytest
 
 import minference_jax as mj
 from minference_jax import metrics
+from pallas_kernels.block_sparse_attention.workloads import lines_index
 from tests.helpers import causal_mask, masked_attention, random_qkv
 
 Q_LEN, KV_LEN, HEADS = 75, 131, 4
 LENGTHS = np.array([131, 100])
-PATTERNS = [
-    mj.VerticalSlash(vertical_size=10, slash_size=12, sink_size=2, window_size=4),
-    mj.BlockSparse(num_blocks=1),
-    mj.AShape(sink_size=4, window_size=20),
-    mj.Dense(),
-]
+# Columns and distances of each head.
+LINES = (
+    [np.arange(5), np.array([3, 40, 77, 90]), np.arange(0), np.arange(0)],
+    [np.arange(10), np.array([0, 30, 31, 70]), np.arange(KV_LEN), np.array([0, 50])],
+)
 
 
 @pytest.fixture(scope="module")
 def case():
-    """Arrays, a staggered index of several patterns, its mask, and the causal mask."""
+    """Arrays, a staggered index of heads that differ, its mask, and the causal mask."""
     q, k, v = random_qkv(2, batch=2, q_len=Q_LEN, kv_len=KV_LEN, heads=HEADS, kv_heads=2)
-    layer = jax.tree.map(lambda x: x[0], mj.HeadPatterns.from_grid([PATTERNS]))
+    index = lines_index(*LINES, 2, Q_LEN, KV_LEN, block_q=16, block_kv=16, staggered=True)
     lengths = jnp.asarray(LENGTHS)
-
-    @jax.jit
-    def build(q, k, lengths):
-        index = mj.build_index(
-            layer, q, k, lengths=lengths, block_q=16, block_kv=16, last_q=64, stagger=True
-        )
-        return index, index.to_mask(Q_LEN, KV_LEN, lengths=lengths)
-
-    index, mask = build(q, k, lengths)
+    to_mask = jax.jit(lambda index, lengths: index.to_mask(Q_LEN, KV_LEN, lengths=lengths))
+    mask = np.array(to_mask(index, lengths))
     causal = causal_mask(Q_LEN, KV_LEN)[None] & (np.arange(KV_LEN) < LENGTHS[:, None, None])
-    return q, k, v, index, np.array(mask), causal
+    return q, k, v, index, mask, causal
 
 
 def log_sum_exp(q, k, mask):
