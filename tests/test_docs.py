@@ -27,6 +27,12 @@ def test_links_point_to_files(path):
     assert [link for link in local if not (path.parent / link).exists()] == []
 
 
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_marks_of_a_merge_are_left(path):
+    text = path.read_text(encoding="utf-8")
+    assert re.findall(r"^(?:<{7} .*|={7}|>{7} .*)$", text, flags=re.MULTILINE) == []
+
+
 def test_contributing_names_files_that_exist():
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     folders = "pallas_kernels|minference_jax|models|experiments|tests"
