@@ -19,6 +19,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from pallas_kernels.common.dispatch import used_implementations
+
 SCHEMA_VERSION = 1
 _LIBRARIES = ("jax", "jaxlib", "flax", "numpy")
 
@@ -38,6 +40,7 @@ def environment(argv: Sequence[str]) -> dict[str, Any]:
         "backend": jax.default_backend(),
         "device": device.device_kind,
         "devices": jax.device_count(),
+        "implementations": used_implementations(),
         "cpus": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
     }
 

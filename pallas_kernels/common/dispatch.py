@@ -8,6 +8,20 @@ from pallas_kernels.common.environment import default_device
 
 _log = logging.getLogger(__name__)
 
+# What every operation was traced with so far, in the order of first use.
+_used: dict[str, list[str]] = {}
+
+
+def used_implementations() -> dict[str, list[str]]:
+    """Names of the implementations that each operation has run with in this process."""
+    return {operation: list(names) for operation, names in _used.items()}
+
+
+def _use(operation: str, name: str) -> None:
+    names = _used.setdefault(operation, [])
+    if name not in names:
+        names.append(name)
+
 
 def choose[Function](
     operation: str,
@@ -38,11 +52,13 @@ def choose[Function](
         function, reason = candidates[implementation]
         if reason is not None:
             raise NotImplementedError(f"{operation}: implementation {implementation!r} {reason}")
+        _use(operation, implementation)
         return function
     passed_over = tuple((name, why) for name, (_, why) in candidates.items() if why is not None)
     for name, (function, reason) in candidates.items():
         if reason is None:
             _announce(operation, name, passed_over)
+            _use(operation, name)
             return function
     raise NotImplementedError(f"{operation}: no implementation can serve: {dict(passed_over)}")
 

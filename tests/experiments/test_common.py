@@ -11,6 +11,7 @@ from matplotlib.image import imread
 from experiments.common.measure import agreement, peak_memory
 from experiments.common.plotting import density_picture, mask_picture, visited_shares
 from experiments.common.record import append_record, read_records
+from pallas_kernels.common.dispatch import used_implementations
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +29,7 @@ def test_records_are_appended_and_read_back(tmp_path):
     assert second["result"] == {"array": [[1, 0], [0, 1]], "number": 0.5, "device": [0, 1]}
     assert second["config"] == {"size": 3}
     assert second["environment"]["argv"] == ["x", "--y"]
+    assert second["environment"]["implementations"] == used_implementations()
 
 
 def test_record_refuses_what_is_not_data_and_what_is_not_finite(tmp_path):

@@ -183,6 +183,8 @@ def test_automatic_choice_is_logged_once(caplog):
             block_sparse_attention(q, k, v, index, lengths=lengths, q_offset=q_offset)
     assert len(caplog.records) == 1
     assert "block_sparse_attention: implementation" in caplog.text
+    [name] = [x for x in ("mosaic_gpu", "triton", "xla") if f"implementation {x} " in caplog.text]
+    assert name in dispatch.used_implementations()["block_sparse_attention"]
 
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="the kernel may run here")
