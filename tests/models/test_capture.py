@@ -4,18 +4,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import minference_jax as mj
 from models.common.capture import capture_qkv, embed_prompt, layer_output, layer_qkv
 from models.common.decoder import prefill
-from tests.models.tiny import CONFIG, random_tokens, tiny_params
+from tests.models.tiny import CONFIG, ScaledQueries, random_tokens, tiny_params
 
 
 def test_layers_one_by_one_equal_the_whole_pass():
-    params, tokens = tiny_params(), random_tokens(2, 150)
-    lengths = jnp.array([150, 97], jnp.int32)
-    kinds = [mj.AShape(sink_size=2, window_size=9), mj.Dense(), mj.BlockSparse(num_blocks=1)]
-    patterns = mj.HeadPatterns.from_grid([[kind] * CONFIG.num_heads for kind in kinds])
-    attention = mj.SparseAttention(patterns, 16, 16)
+    params, tokens = tiny_params(), random_tokens(2, 15)
+    lengths = jnp.array([15, 9], jnp.int32)
+    attention = ScaledQueries(jnp.array([0.5, -1.0, 2.0]))
     _, _, want = prefill(
         params, tokens, config=CONFIG, attention_fn=attention, lengths=lengths, observe=capture_qkv
     )
@@ -29,7 +26,7 @@ def test_layers_one_by_one_equal_the_whole_pass():
                     getattr(want, name)[layer, row, :length],
                     atol=2e-5,
                 )
-        own = attention.layer(layer)
+        own = ScaledQueries(attention.scale[layer])
         x = layer_output(params, layer, x, own, config=CONFIG, lengths=lengths)
 
 
