@@ -10,10 +10,12 @@ from experiments.common.errors import parse_reporting_errors, run_reporting_erro
 from experiments.generate import Generate
 from experiments.latency.command import Latency
 from experiments.prefill import Prefill
+from experiments.search.command import Search
 
 Command = tyro.conf.OmitArgPrefixes[
     Annotated[Generate, tyro.conf.subcommand("generate", prefix_name=False)]
     | Annotated[Prefill, tyro.conf.subcommand("prefill", prefix_name=False)]
+    | Annotated[Search, tyro.conf.subcommand("search", prefix_name=False)]
     | Annotated[Latency, tyro.conf.subcommand("latency", prefix_name=False)]
 ]
 DESCRIPTION = "MInference in JAX: long prompts read with sparse attention."

@@ -4,6 +4,7 @@ from minference_jax.search.allocate import allocate as allocate
 from minference_jax.search.allocate import choose_globally as choose_globally
 from minference_jax.search.budget import executed_share as executed_share
 from minference_jax.search.budget import fit_budgets as fit_budgets
+from minference_jax.search.budget import smallest_share as smallest_share
 from minference_jax.search.calibration import Calibration as Calibration
 from minference_jax.search.calibration import Calibrations as Calibrations
 from minference_jax.search.calibration import Group as Group

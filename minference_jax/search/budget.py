@@ -4,11 +4,20 @@ import functools
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from minference_jax.patterns import HeadPatterns, Pattern
-from minference_jax.search.calibration import Calibrations, Group, Kernel, each, pooled, summed
+from minference_jax.patterns import AShape, HeadPatterns, Pattern
+from minference_jax.search.calibration import (
+    Calibration,
+    Calibrations,
+    Group,
+    Kernel,
+    each,
+    pooled,
+    summed,
+)
 from minference_jax.search.cost import Measure, work_of
 from minference_jax.search.space import for_heads, scaled
 
@@ -73,6 +82,19 @@ def executed_share(
     attention = kernel.attention(candidates)
     sparse, dense = summed(prompts, lambda prompt: _work(attention, *prompt, measure=measure))
     return sparse / dense
+
+
+def smallest_share(
+    length: int,
+    *,
+    measure: Measure = "flops",
+    kernel: Kernel = Kernel(),  # noqa: B008, immutable
+) -> float:
+    """The least that any pattern costs on a prompt of `length` tokens: each row sees itself."""
+    nothing = jnp.zeros((1, length, 1, 8))
+    diagonal = for_heads([AShape(sink_size=0, window_size=1)], num_heads=1)
+    prompts = [Calibration(nothing, nothing, nothing)]
+    return float(executed_share(diagonal, prompts, measure=measure, kernel=kernel)[0, 0])
 
 
 @functools.partial(jax.jit, static_argnames="measure")

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from minference_jax.attention import DenseAttention
 from minference_jax.patterns import HeadPatterns, Pattern
 from minference_jax.search.budget import fit_budgets
 from minference_jax.search.calibration import Calibration, Calibrations, Group, Kernel, each, summed
@@ -113,21 +112,22 @@ def _sums(candidates, q, k, v, lengths, first_row):
     row = jnp.arange(length)[None, :]
     counted = (row >= first_row) & (row < (length if lengths is None else lengths[:, None]))
 
-    def attend(attention):
+    def one(dense, args):
+        attention, is_dense = args
         # The compiler drops this output; the second call gives it with its log-sum-exps.
         _, index = attention.attend(q, k, v, lengths=lengths)
-        out, lse = block_sparse_attention(
+        result = block_sparse_attention(
             q, k, v, index, lengths=lengths, implementation=attention.implementation,
             return_residuals=True,
         )  # fmt: skip
-        return index, out, lse
-
-    blocks = (candidates.block_q, candidates.block_kv, candidates.implementation)
-    _, dense_out, dense_lse = attend(DenseAttention(*blocks))
-
-    def one(attention):
-        index, out, lse = attend(attention)
+        dense = jax.tree.map(lambda new, old: jnp.where(is_dense, new, old), result, dense)
         work = (work_of(index, length, lengths, measure) for measure in ("flops", "density"))
-        return differences(out, lse, dense_out, dense_lse, counted), *work
+        return dense, (differences(*result, *dense, counted), *work)
 
-    return jax.lax.map(one, candidates)
+    # Dense attention, which the others are compared with, runs first and in the same program: a
+    # pattern of zeros is dense.
+    attentions = jax.tree.map(lambda x: jnp.concatenate([jnp.zeros_like(x[:1]), x]), candidates)
+    is_dense = jnp.arange(candidates.patterns.kind.shape[0] + 1) == 0
+    nothing = (jnp.zeros_like(q), jnp.zeros((q.shape[0], q.shape[2], length), jnp.float32))
+    _, sums = jax.lax.scan(one, nothing, (attentions, is_dense))
+    return jax.tree.map(lambda x: x[1:], sums)
