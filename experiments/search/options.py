@@ -136,12 +136,12 @@ class SpaceOptions:
         if self.original:
             for pattern in candidates:
                 self._check_original(pattern)
-        if self.at_most is not None:
-            least = smallest_share(length, measure=self.measure)
-            if self.at_most < least:
+        if self.space == "equal_cost":
+            least = smallest_share(candidates, length, measure=self.measure)
+            if (self.at_most or 1.0) < least:
                 raise UserError(
-                    f"--target {self.at_most} cannot be met: with {length} tokens, tiles along the "
-                    f"diagonal alone are {least:.3f} of dense attention; raise --target or --length"
+                    f"--target {self.at_most} cannot be met: with {length} tokens, the smallest "
+                    f"budgets execute {least:.3f} of dense attention; raise --target or --length"
                 )
 
     def _check_original(self, pattern: mj.Pattern) -> None:

@@ -33,7 +33,7 @@ _COLOURS = {
 _FAINTEST = 0.25
 
 _LOSSES: dict[Objective, str] = {
-    "output_error": "squared error of the output, of its square",
+    "output_error": "squared error / squared output",
     "recall": "attention mass lost (1 - recall)",
     "log_recall": "mean -log of the attention mass kept",
     "count": "outputs off by more than 0.005",
@@ -107,7 +107,7 @@ def search_picture(found: Found, *, title: str, path: Path) -> Path:
     layers, heads = found.chosen.shape
     width, height = 4.6 + 0.4 * heads, 2.4 + 0.16 * layers
     figure, axes = new_figure(min(max(width, 8.6), 18.0), min(max(height, 3.8), 10.0), columns=2)
-    figure.suptitle(textwrap.fill(title, 90), fontsize=10)
+    figure.suptitle(textwrap.fill(title, 72), fontsize=10)
     _draw_kinds(axes[0], found)
     draw_density(axes[1], found.of_chosen("density").astype(np.float32), "visited by each head")
     return save(figure, path)
@@ -133,7 +133,7 @@ def _draw_kinds(axes: Axes, found: Found) -> None:
             if count
         ],
         loc="outside lower center",
-        ncols=len(counts),
+        ncols=3,
         frameon=False,
     )
     shades = LinearSegmentedColormap.from_list("loss", ["0", str(1 - _FAINTEST)])

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from minference_jax.patterns import AShape, HeadPatterns, Pattern
+from minference_jax.patterns import Dense, HeadPatterns, Pattern
 from minference_jax.search.calibration import (
     Calibration,
     Calibrations,
@@ -61,7 +61,8 @@ def fit_budgets(
         raise ValueError(f"`target` must be above 0, got {target}")
     length, heads, kv_heads = _extent(prompts)
     base = for_heads(families, heads)
-    at = functools.partial(scaled, base, length=length, most=float(goal.max()))
+    most = max((x for p, [x] in zip(families, goal, strict=True) if p != Dense()), default=0.0)
+    at = functools.partial(scaled, base, length=length, most=float(most))
     low, high = np.zeros(base.kind.shape), np.ones(base.kind.shape)
     for _ in range(_STEPS):
         middle = (low + high) / 2
@@ -85,16 +86,22 @@ def executed_share(
 
 
 def smallest_share(
+    families: Sequence[Pattern],
     length: int,
     *,
     measure: Measure = "flops",
     kernel: Kernel = Kernel(),  # noqa: B008, immutable
 ) -> float:
-    """The least that any pattern costs on a prompt of `length` tokens: each row sees itself."""
+    """The least that any of the families costs on a prompt of `length` tokens.
+
+    With the smallest budgets, what is executed does not depend on the prompt.
+    """
     nothing = jnp.zeros((1, length, 1, 8))
-    diagonal = for_heads([AShape(sink_size=0, window_size=1)], num_heads=1)
+    smallest = scaled(
+        for_heads(families, num_heads=1), np.zeros((len(families), 1)), length=length, most=0.0
+    )
     prompts = [Calibration(nothing, nothing, nothing)]
-    return float(executed_share(diagonal, prompts, measure=measure, kernel=kernel)[0, 0])
+    return float(executed_share(smallest, prompts, measure=measure, kernel=kernel).min())
 
 
 @functools.partial(jax.jit, static_argnames="measure")

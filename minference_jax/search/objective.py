@@ -47,14 +47,15 @@ def differences(
         counted: the rows that count.
     """
     rows = counted[:, :, None]
-    delta = (out - dense_out).astype(jnp.float32)
+    out, dense_out = out.astype(jnp.float32), dense_out.astype(jnp.float32)
+    delta = out - dense_out
     per_row = lambda x: jnp.sum(jnp.where(rows, jnp.sum(x, axis=3), 0.0), axis=(0, 1))
     # Rounding may put the mass inside above the whole.
     log_mass = jnp.where(counted[:, None, :], jnp.minimum(lse - dense_lse, 0.0), 0.0)
     number = jnp.broadcast_to(jnp.sum(counted).astype(jnp.float32), out.shape[2:3])
     return Differences(
         squared=per_row(delta**2),
-        dense_squared=per_row(dense_out.astype(jnp.float32) ** 2),
+        dense_squared=per_row(dense_out**2),
         lost_mass=jnp.sum(-jnp.expm1(log_mass), axis=(0, 2)),
         lost_log_mass=jnp.sum(-log_mass, axis=(0, 2)),
         far_off=per_row((jnp.abs(delta) > _FAR_OFF).astype(jnp.float32)),

@@ -120,7 +120,7 @@ def _capacities(length: int, most: float) -> tuple[int, int]:
     """Columns and blocks that a share of dense attention can use."""
     share = min(most, 1.0)
     # Columns all over the prompt visit their share of it; twice that, for late ones cost less.
-    columns = min(length, math.ceil(2.0 * share * length))
+    columns = max(1, min(length, math.ceil(2.0 * share * length)))
     # A budget of a share b of the blocks visits 2b - b^2 of the causal matrix.
     blocks = math.ceil(length / BLOCK_SIZE * (1.0 - math.sqrt(1.0 - share))) + 4
     return round_up(columns, 128), min(blocks, cdiv(length, BLOCK_SIZE))

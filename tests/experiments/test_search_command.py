@@ -159,7 +159,7 @@ def told(capsys, *argv):
         pytest.param(
             ["--target", "0.3", "--space", "paper"], "have the cost they have", id="fixed-space"
         ),
-        pytest.param(["--target", "0.01"], "diagonal alone are 0.4", id="impossible-budget"),
+        pytest.param([*LINES, "--target", "0.7"], "budgets execute 0.800", id="impossible-budget"),
         pytest.param(["--kinds", "dense"], "no pattern of --kinds dense", id="no-candidate"),
         pytest.param(["--first-row", "500"], "below --length 500", id="first-row"),
         pytest.param(["--original"], "cannot hold BlockSparse", id="original-format"),

@@ -23,7 +23,9 @@ def told(capsys, *argv):
     ("argv", "words"),
     [
         pytest.param(
-            [], "Expected one of {generate, prefill, search, latency}. (see --help)", id="no-command"
+            [],
+            "Expected one of {generate, prefill, search, latency}. (see --help)",
+            id="no-command",
         ),
         pytest.param(["generate"], "--model", id="no-model"),
         pytest.param(["prefill", "--model", "x"], "got neither", id="no-prompt"),
