@@ -112,17 +112,20 @@ def _sums(candidates, q, k, v, lengths, first_row):
     row = jnp.arange(length)[None, :]
     counted = (row >= first_row) & (row < (length if lengths is None else lengths[:, None]))
 
-    def one(dense, args):
-        attention, is_dense = args
+    def one(dense, candidate):
+        attention, is_dense = candidate
         # The compiler drops this output; the second call gives it with its log-sum-exps.
         _, index = attention.attend(q, k, v, lengths=lengths)
-        result = block_sparse_attention(
+        out, lse = block_sparse_attention(
             q, k, v, index, lengths=lengths, implementation=attention.implementation,
             return_residuals=True,
         )  # fmt: skip
-        dense = jax.tree.map(lambda new, old: jnp.where(is_dense, new, old), result, dense)
+        dense_out, dense_lse = (
+            jnp.where(is_dense, new, old) for new, old in zip((out, lse), dense, strict=True)
+        )
         work = (work_of(index, length, lengths, measure) for measure in ("flops", "density"))
-        return dense, (differences(*result, *dense, counted), *work)
+        sums = differences(out, lse, dense_out, dense_lse, counted)
+        return (dense_out, dense_lse), (sums, *work)
 
     # Dense attention, which the others are compared with, runs first and in the same program: a
     # pattern of zeros is dense.

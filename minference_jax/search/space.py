@@ -98,14 +98,14 @@ def scaled(
     new = {name: _resized(size, factor, limit) for name, (size, limit) in sizes.items()}
     for name in ("sink_size", "window_size"):
         new[name] = jnp.where(lined, new[name], getattr(patterns, name))
-    factor_of_blocks = jnp.asarray(cdiv(length, BLOCK_SIZE) ** at) / jnp.maximum(
-        1, patterns.num_blocks
-    )
+    all_blocks = jnp.asarray(cdiv(length, BLOCK_SIZE) ** at)
     return dataclasses.replace(
         patterns,
         **new,
         last_size=_resized(patterns.last_size, factor, length),
-        num_blocks=_resized(patterns.num_blocks, factor_of_blocks, blocks),
+        num_blocks=_resized(
+            patterns.num_blocks, all_blocks / jnp.maximum(1, patterns.num_blocks), blocks
+        ),
         max_columns=max(columns, int(jnp.max(patterns.sink_size))),
         max_blocks=blocks if patterns.max_blocks else 0,
     )
