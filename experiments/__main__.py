@@ -10,11 +10,13 @@ from experiments.common.errors import parse_reporting_errors, run_reporting_erro
 from experiments.generate import Generate
 from experiments.latency.command import Latency
 from experiments.prefill import Prefill
+from experiments.search.command import Search
 from experiments.visited.command import Visited
 
 Command = tyro.conf.OmitArgPrefixes[
     Annotated[Generate, tyro.conf.subcommand("generate", prefix_name=False)]
     | Annotated[Prefill, tyro.conf.subcommand("prefill", prefix_name=False)]
+    | Annotated[Search, tyro.conf.subcommand("search", prefix_name=False)]
     | Annotated[Latency, tyro.conf.subcommand("latency", prefix_name=False)]
     | Annotated[Visited, tyro.conf.subcommand("visited", prefix_name=False)]
 ]

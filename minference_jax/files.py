@@ -5,6 +5,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from jaxtyping import Float
+
 from minference_jax.patterns import (
     AShape,
     BlockSparse,
@@ -26,9 +29,12 @@ _NAMES: dict[str, type[Pattern]] = {
     "block_sparse": BlockSparse,
 }
 
-# MInference's kernel ignores the sizes of its block-sparse entries and keeps 100 blocks of 64, and
-# uses (1000, 6096) for heads a file does not name.
+# MInference's kernel ignores the sizes of its block-sparse entries and keeps 100 blocks of 64, uses
+# (1000, 6096) for heads a file does not name, and forces 30 columns and 100 distances, with at
+# least 30 and 50 of them.
 _ORIGINAL_NUM_BLOCKS = 100
+_ORIGINAL_MINIMA = (30, 50)
+_ORIGINAL_FORCED = (30, 100)
 _ORIGINAL_DEFAULT = ["vertical_and_slash", 1000, 6096, 1]
 
 
@@ -77,6 +83,58 @@ def save_patterns(patterns: HeadPatterns, path: str | Path) -> None:
         f'{{\n  "format": "{FORMAT}",\n  "version": {VERSION},\n'
         f'  "patterns": [\n    {entries}\n  ],\n  "layers": [\n    {rows}\n  ]\n}}\n',
         encoding="utf-8",
+    )
+
+
+def save_original(
+    patterns: HeadPatterns, path: str | Path, *, scores: Float[np.ndarray, "layers heads"]
+) -> None:
+    """Writes one of MInference's `best_pattern` JSON files.
+
+    Vertical-slash sizes below the 30 columns and 50 diagonals that MInference uses at least are
+    raised to them.
+
+    Args:
+        patterns: the pattern of every head.
+        path: the file.
+        scores: a number for each head that people read; MInference does not use it.
+
+    Raises:
+        ValueError: a pattern that these files cannot hold; see `check_original`.
+    """
+    layers = [
+        {
+            str(head): [*_to_original(pattern), float(scores[layer, head])]
+            for head, pattern in enumerate(row)
+        }
+        for layer, row in enumerate(patterns.grid())
+    ]
+    rows = ",\n ".join(json.dumps(layer) for layer in layers)
+    Path(path).write_text(f"[{rows}]\n", encoding="utf-8")
+
+
+def check_original(pattern: Pattern) -> None:
+    """Raises ValueError for a pattern that MInference's files cannot hold.
+
+    They hold A-shape, vertical-slash with 30 forced columns and 100 forced diagonals, and
+    block-sparse with 100 blocks.
+    """
+    _to_original(pattern)
+
+
+def _to_original(pattern: Pattern) -> tuple[str, int, int]:
+    if isinstance(pattern, AShape):
+        return "stream_llm", pattern.sink_size, pattern.window_size
+    if isinstance(pattern, VerticalSlash):
+        if (pattern.sink_size, pattern.window_size) == _ORIGINAL_FORCED:
+            least_columns, least_distances = _ORIGINAL_MINIMA
+            columns = max(pattern.vertical_size, least_columns)
+            return "vertical_and_slash", columns, max(pattern.slash_size, least_distances)
+    elif pattern == BlockSparse(num_blocks=_ORIGINAL_NUM_BLOCKS):
+        return "block_sparse", 1000, 6096  # as in the released search; no one reads them
+    raise ValueError(
+        f"MInference's pattern files cannot hold {pattern}; they hold AShape, VerticalSlash with "
+        f"sink_size=30 and window_size=100, and BlockSparse(num_blocks={_ORIGINAL_NUM_BLOCKS})"
     )
 
 
@@ -135,7 +193,8 @@ def _from_original(entry: list[Any]) -> Pattern:
     ):
         raise ValueError(f"sizes must be non-negative integers, got {entry!r}")
     if name == "vertical_and_slash":
-        return VerticalSlash(vertical_size=max(first, 30), slash_size=max(second, 50))
+        columns, distances = map(max, (first, second), _ORIGINAL_MINIMA)
+        return VerticalSlash(vertical_size=columns, slash_size=distances)
     if name == "stream_llm":
         return AShape(sink_size=first, window_size=second)
     if name == "block_sparse":

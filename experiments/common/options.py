@@ -35,8 +35,8 @@ DEFAULTS: dict[AttentionName, mj.Pattern] = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelOptions:
-    """The model and how it is run."""
+class LoadOptions:
+    """The model and how it is loaded."""
 
     model: str
     """A .gguf file, a Hugging Face or Orbax directory, or a hub id such as org/name."""
@@ -46,12 +46,9 @@ class ModelOptions:
     """Directory with the tokenizer.json to use instead of the model's own tokenizer."""
     rope_scaling: OptionalText = None
     """KIND:FACTOR (linear, dynamic or yarn) stretches the context, for example yarn:4."""
-    chunk_size: OptionalInt = None
-    """Tokens read at a time (fewer need less memory); the whole prompt if not given."""
 
     def __post_init__(self) -> None:
-        """Raises UserError for a size below one, or a scaling that is none."""
-        _at_least("chunk_size", self.chunk_size, 1)
+        """Raises UserError for a scaling that is none."""
         _ = self.scaling
 
     @property
@@ -75,6 +72,19 @@ class ModelOptions:
         if name == "auto":
             name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
         return jnp.dtype(name)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelOptions(LoadOptions):
+    """The model and how it is run."""
+
+    chunk_size: OptionalInt = None
+    """Tokens read at a time (fewer need less memory); the whole prompt if not given."""
+
+    def __post_init__(self) -> None:
+        """Raises UserError for a size below one, or a scaling that is none."""
+        super().__post_init__()
+        at_least("chunk_size", self.chunk_size, 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -221,9 +231,9 @@ class SamplingOptions:
 
     def __post_init__(self) -> None:
         """Raises UserError for values out of range."""
-        _at_least("max_new_tokens", self.max_new_tokens, 1)
-        _at_least("temperature", self.temperature, 0)
-        _at_least("top_k", self.top_k, 1)
+        at_least("max_new_tokens", self.max_new_tokens, 1)
+        at_least("temperature", self.temperature, 0)
+        at_least("top_k", self.top_k, 1)
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UserError(f"--top-p must be above 0 and at most 1, got {self.top_p}")
         if self.temperature == 0 and (self.top_k is not None or self.top_p is not None):
@@ -251,9 +261,9 @@ class OutputOptions:
 
     def __post_init__(self) -> None:
         """Raises UserError for values out of range."""
-        _at_least("repeats", self.repeats, 1)
-        _at_least("plot_layer", self.plot_layer, 0)
-        _at_least("plot_head", self.plot_head, 0)
+        at_least("repeats", self.repeats, 1)
+        at_least("plot_layer", self.plot_layer, 0)
+        at_least("plot_head", self.plot_head, 0)
 
     def check_writable(self) -> None:
         """Raises UserError if a result could not be written at the end; creates missing folders."""
@@ -267,7 +277,8 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _at_least(name: str, value: int | float | None, least: int) -> None:
+def at_least(name: str, value: int | float | None, least: int) -> None:
+    """Raises UserError for an option below its least value; None is an option left out."""
     if value is not None and value < least:
         raise UserError(f"{_flag(name)} must be at least {least}, got {value}")
 

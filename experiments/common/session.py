@@ -16,7 +16,7 @@ from tqdm import tqdm
 import minference_jax as mj
 from experiments.common.errors import UserError, reported_as_user_error
 from experiments.common.measure import peak_memory, stage
-from experiments.common.options import ModelOptions, SamplingOptions
+from experiments.common.options import LoadOptions, SamplingOptions
 from models import LoadError, Model, load_model
 from models.common.decoder import decode_step, prefill
 from models.common.generate import Sampling, choose_tokens
@@ -69,7 +69,7 @@ class Generation:
     seconds: float
 
 
-def load(options: ModelOptions, console: Console) -> Model:
+def load(options: LoadOptions, console: Console) -> Model:
     """Loads a model with a progress bar; raises UserError if its source cannot be used."""
     with (
         stage(console, f"loading {Path(options.model).name}"),

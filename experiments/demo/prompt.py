@@ -1,12 +1,11 @@
 """The demo's prompt: a chapter of a book, a sentence hidden in it, and a question about it."""
 
 import importlib.util
-from importlib import resources
 from pathlib import Path
 
 from experiments.common.errors import UserError
+from experiments.common.prompts import hide, packaged_chapter
 
-CHAPTER = "moby_dick_chapter_41.txt"
 FACT = "The lighthouse keeper's magic number is 7319."
 QUESTION = "What is the lighthouse keeper's magic number?"
 ANSWER = "7319"
@@ -19,10 +18,7 @@ def prompt_with_fact(depth: float) -> str:
     Args:
         depth: where among the chapter's paragraphs the fact is put, 0 (start) to 1 (end).
     """
-    chapter = resources.files("experiments.demo").joinpath(CHAPTER).read_text(encoding="utf-8")
-    paragraphs = chapter.strip().split("\n\n")
-    place = round(depth * len(paragraphs))
-    text = "\n\n".join([*paragraphs[:place], FACT, *paragraphs[place:]])
+    text = hide(FACT, packaged_chapter().strip().split("\n\n"), depth)
     return f"Read this chapter of a book.\n\n{text}\n\nQuestion: {QUESTION}"
 
 

@@ -1,10 +1,20 @@
-"""What attention sees, read out of a model while it reads a prompt: arrays for a pattern search."""
+"""What attention sees, read out of a model while it reads a prompt.
 
+`capture_qkv` is for `prefill(..., observe=capture_qkv)`, which keeps all layers. A pattern search
+needs one layer at a time: `embed_prompt`, then for each layer `layer_qkv` and `layer_output`.
+"""
+
+import functools
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from minference_jax.types import AttentionFn
+from models.common.checks import check_prompt
+from models.common.config import DecoderConfig
+from models.common.passes import Params, run_embedding, run_layer
 
 
 class QKV(NamedTuple):
@@ -31,3 +41,68 @@ def capture_qkv(
     chunked prefill `k` and `v` are the whole cache of each chunk; capture without `chunk_size`.
     """
     return attention(q, k, v, lengths=lengths, q_offset=q_offset), QKV(q, k, v)
+
+
+def embed_prompt(
+    params: Params,
+    tokens: Int[Array, "batch s"],
+    *,
+    config: DecoderConfig,
+    lengths: Int[Array, " batch"],
+) -> Float[Array, "batch s embed"]:
+    """The residual stream of prompts before the first layer.
+
+    Args:
+        params: the tree described in `models.common.decoder`.
+        tokens: prompts, right-padded.
+        config: the model's hyper-parameters.
+        lengths: real tokens of each prompt.
+
+    Raises:
+        ValueError: for prompts that the model cannot read, as `prefill`.
+    """
+    check_prompt(tokens, lengths, config)
+    return run_embedding(params, tokens, config=config)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def layer_qkv(
+    params: Params,
+    layer: Int[Array, ""] | int,
+    x: Float[Array, "batch s embed"],
+    *,
+    config: DecoderConfig,
+    lengths: Int[Array, " batch"],
+) -> QKV:
+    """Queries, keys and values of one layer.
+
+    Args:
+        params: the tree described in `models.common.decoder`.
+        layer: its number.
+        x: the residual stream before it.
+        config: the model's hyper-parameters.
+        lengths: real tokens of each prompt.
+    """
+
+    def attend(q, k, v):
+        return jnp.zeros_like(q), QKV(q, k, v)
+
+    return run_layer(params, layer, x, lengths, config=config, attend=attend)[1]
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def layer_output(
+    params: Params,
+    layer: Int[Array, ""] | int,
+    x: Float[Array, "batch s embed"],
+    attention: AttentionFn,
+    *,
+    config: DecoderConfig,
+    lengths: Int[Array, " batch"],
+) -> Float[Array, "batch s embed"]:
+    """The residual stream after one layer; `attention` is that of this layer alone."""
+
+    def attend(q, k, v):
+        return attention(q, k, v, lengths=lengths, q_offset=None), None
+
+    return run_layer(params, layer, x, lengths, config=config, attend=attend)[0]

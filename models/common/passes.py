@@ -1,5 +1,7 @@
 """The compiled passes behind `models.common.decoder`: whole, in chunks, and one token at a time.
 
+`run_embedding` and `run_layer` are for `models.common.capture`, which goes layer by layer.
+
 Callers have checked the arguments. Each pass scans the layers once, with the attention's array
 leaves next to the parameters, and differs in what `attend` does with a layer's queries, keys and
 values.
@@ -164,6 +166,23 @@ def run_decode_step(params, token, cache, *, config):
     logits = ends.logits(x[:, 0])
     logits = jnp.where((cache.lengths < cache.capacity)[:, None], logits, jnp.nan)
     return logits, KVCache(keys, values, cache.lengths + 1, cache.rope_length)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def run_embedding(params, tokens, *, config):
+    """Computes the residual stream before the first layer."""
+    return _ends(params, config).embed(tokens)
+
+
+def run_layer(params, layer, x, rope_length, *, config, attend):
+    """Computes one layer of a whole prompt around `attend(q, k, v) -> (out, anything)`.
+
+    Returns:
+        The residual stream after it, and `anything`.
+    """
+    cos, sin = _tables(x.shape[:2], 0, rope_length, config)
+    own = jax.tree.map(lambda leaf: leaf[layer], params["layers"])
+    return nnx.merge(_layer_graph(config, x.dtype), own)(x, cos, sin, attend)
 
 
 def _scan_layers(params, x, cos, sin, attention_fn, attend, state, *, config):

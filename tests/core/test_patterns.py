@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import minference_jax as mj
+from minference_jax.files import save_original
 
 ORIGINALS = Path(__file__).parents[2].parent / "shared" / "data" / "minference_configs"
 
@@ -71,6 +72,42 @@ def test_every_original_file_loads_entry_by_entry():
                     assert (got.vertical_size, got.slash_size) == (first, second)
                 else:
                     assert got == mj.AShape(sink_size=first, window_size=second)
+
+
+def test_original_files_are_written_as_they_are_read(tmp_path):
+    grid = [
+        [mj.VerticalSlash(vertical_size=3500, slash_size=100), mj.BlockSparse(num_blocks=100)],
+        [
+            mj.AShape(sink_size=100, window_size=800),
+            mj.VerticalSlash(vertical_size=1, slash_size=9),
+        ],
+    ]
+    path = tmp_path / "best_pattern.json"
+    scores = np.array([[0.25, 1.0], [0.5, 0.0]])
+    save_original(mj.HeadPatterns.from_grid(grid), path, scores=scores)
+    # The last head is raised to what MInference runs at least.
+    least = mj.VerticalSlash(vertical_size=30, slash_size=50)
+    assert mj.HeadPatterns.load(path).grid() == [grid[0], [grid[1][0], least]]
+    content = json.loads(path.read_text())
+    assert content[0]["0"] == ["vertical_and_slash", 3500, 100, 0.25]
+    assert content[1]["1"] == ["vertical_and_slash", 30, 50, 0.0]
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        mj.Dense(),
+        mj.TriShape(sink_size=1, window_size=1, last_size=1),
+        mj.BlockSparse(num_blocks=99),
+        mj.VerticalSlash(vertical_size=30, slash_size=50, window_size=30),
+    ],
+    ids=lambda pattern: type(pattern).__name__,
+)
+def test_original_files_refuse_what_they_cannot_hold(pattern, tmp_path):
+    patterns = mj.HeadPatterns.from_grid([[pattern]])
+    with pytest.raises(ValueError, match="cannot hold " + type(pattern).__name__):
+        save_original(patterns, tmp_path / "out.json", scores=np.zeros((1, 1)))
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

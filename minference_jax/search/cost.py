@@ -1,0 +1,43 @@
+"""What a candidate costs: the work that the kernel executes for the prompt's own index."""
+
+from typing import Literal, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from minference_jax.index.build import dense_index
+from minference_jax.index.fallback import executed_tiles
+from pallas_kernels import BlockSparseIndex
+from pallas_kernels.block_sparse_attention.index import num_q_blocks, resolve_lengths
+
+# "flops": key tiles that the kernel executes, tiles of gathered columns among them.
+# "density": (query, key) pairs that a query sees through them.
+Measure = Literal["flops", "density"]
+
+
+class Work(NamedTuple):
+    """Sums over prompts: what is executed, and what dense attention would execute."""
+
+    sparse: Float[Array, "*any heads"]
+    dense: Float[Array, "*any heads"]
+
+
+def work_of(index: BlockSparseIndex, length: int, lengths: Array | None, measure: Measure) -> Work:
+    """Counts the work of each head for a batch of prompts.
+
+    Args:
+        index: of prompts padded to `length` tokens.
+        length: query and key rows.
+        lengths: real tokens of each prompt, all of them if None.
+        measure: what is counted.
+    """
+    if measure == "density":
+        pairs = index.visited_pairs(length, length, lengths=lengths)
+        return Work(*(jnp.sum(x, axis=0) for x in pairs))
+    batch, heads = index.column_count.shape
+    lengths, _ = resolve_lengths(batch, length, length, lengths, None)
+    blocks = {"block_q": index.block_q, "block_kv": index.block_kv}
+    last_row = (1 + jnp.arange(num_q_blocks(length, index.block_q))) * index.block_q - 1
+    tiles = executed_tiles(index.count, index.columns, index.column_count, last_row, index.block_kv)
+    dense = dense_index(batch, heads, length, length, lengths=lengths, **blocks).count
+    return Work(*(jnp.sum(x, axis=(0, 2)).astype(jnp.float32) for x in (tiles, dense)))

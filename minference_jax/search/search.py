@@ -1,0 +1,136 @@
+"""The pattern search of one layer: every candidate's scores, and the best candidates."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from minference_jax.patterns import HeadPatterns, Pattern
+from minference_jax.search.budget import fit_budgets
+from minference_jax.search.calibration import Calibration, Calibrations, Group, Kernel, each, summed
+from minference_jax.search.cost import Measure, work_of
+from minference_jax.search.objective import Objective, differences
+from minference_jax.search.scores import LayerScores, choose, picked
+from minference_jax.search.space import FAMILIES, for_heads
+from pallas_kernels import block_sparse_attention
+
+
+def search_patterns(
+    q: Float[Array, "batch length heads head_dim"],
+    k: Float[Array, "batch length kv_heads head_dim"],
+    v: Float[Array, "batch length kv_heads head_dim"],
+    *,
+    lengths: Int[Array, " batch"] | None = None,
+    candidates: Sequence[Pattern] = FAMILIES,
+    target: float | None = 0.25,
+    objective: Objective = "output_error",
+    measure: Measure = "flops",
+    group: Group = "head",
+    first_row: int = 0,
+    kernel: Kernel = Kernel(),  # noqa: B008, immutable
+) -> tuple[HeadPatterns, LayerScores]:
+    """Finds the best pattern for each head of one layer (paper, Algorithm 1).
+
+    Memory is O(length) for each head: candidates run one after another through one compiled
+    program. For prompts that do not fit memory together, and for budgets shared by all layers, see
+    `fit_budgets`, `score_candidates` and `allocate`.
+
+    Args:
+        q: queries of the calibration prompts, after rotary embedding.
+        k: keys.
+        v: values.
+        lengths: real tokens of each prompt, all of them if None.
+        candidates: one pattern each.
+        target: the candidates' budgets are scaled to cost this share of dense attention, as
+            executed. None: budgets are kept and the best candidate wins whatever it costs.
+        objective: what is compared; see `search.objective`.
+        measure: what cost is.
+        group: "kv_group" finds one pattern for all heads that share keys and values.
+        first_row: rows before it are not scored (the released search: 2500).
+        kernel: how the attention will be executed.
+
+    Returns:
+        The patterns, [1, heads], and the scores of all candidates.
+
+    Raises:
+        ValueError: there are no candidates, the target is not above 0, or no row is left to score.
+    """
+    prompts = [Calibration(q, k, v, lengths)]
+    if not candidates:
+        raise ValueError("`candidates` must hold at least one pattern")
+    if target is None:
+        patterns = for_heads(candidates, q.shape[2])
+    else:
+        patterns = fit_budgets(
+            candidates, prompts, target=target, measure=measure, group=group, kernel=kernel
+        )
+    scores = score_candidates(patterns, prompts, first_row=first_row, kernel=kernel)
+    best = choose(scores, objective, at_most=target, measure=measure, group=group)
+    return picked([scores], best[None]), scores
+
+
+def score_candidates(
+    candidates: HeadPatterns,
+    prompts: Calibrations,
+    *,
+    first_row: int = 0,
+    kernel: Kernel = Kernel(),  # noqa: B008, immutable
+) -> LayerScores:
+    """Attends with every candidate, and compares with dense attention.
+
+    Args:
+        candidates: patterns [candidates, heads] of one layer.
+        prompts: calibration prompts; sums are over all of them, so longer ones weigh more.
+        first_row: rows before it are not scored.
+        kernel: how the attention will be executed.
+
+    Raises:
+        ValueError: no row is left to score, or there are no prompts.
+        TypeError: `prompts` can be iterated only once.
+    """
+    attention = kernel.attention(candidates)
+    changes, flops, pairs = summed(prompts, lambda prompt: _sums(attention, *prompt, first_row))
+    if not np.all(changes.rows > 0):
+        raise ValueError(f"`first_row` ({first_row}) must be below the length of the prompts")
+    return LayerScores(
+        candidates=candidates,
+        kv_heads=next(each(prompts)).k.shape[2],
+        flops=flops.sparse / flops.dense,
+        density=pairs.sparse / pairs.dense,
+        output_error=changes.squared / np.maximum(changes.dense_squared, 1e-30),
+        recall=1.0 - changes.lost_mass / changes.rows,
+        log_recall=-changes.lost_log_mass / changes.rows,
+        count=changes.far_off / changes.elements,
+    )
+
+
+@jax.jit
+def _sums(candidates, q, k, v, lengths, first_row):
+    length = q.shape[1]
+    row = jnp.arange(length)[None, :]
+    counted = (row >= first_row) & (row < (length if lengths is None else lengths[:, None]))
+
+    def one(dense, candidate):
+        attention, is_dense = candidate
+        # The compiler drops this output; the second call gives it with its log-sum-exps.
+        _, index = attention.attend(q, k, v, lengths=lengths)
+        out, lse = block_sparse_attention(
+            q, k, v, index, lengths=lengths, implementation=attention.implementation,
+            return_residuals=True,
+        )  # fmt: skip
+        dense_out, dense_lse = (
+            jnp.where(is_dense, new, old) for new, old in zip((out, lse), dense, strict=True)
+        )
+        work = (work_of(index, length, lengths, measure) for measure in ("flops", "density"))
+        sums = differences(out, lse, dense_out, dense_lse, counted)
+        return (dense_out, dense_lse), (sums, *work)
+
+    # Dense attention, which the others are compared with, runs first and in the same program: a
+    # pattern of zeros is dense.
+    attentions = jax.tree.map(lambda x: jnp.concatenate([jnp.zeros_like(x[:1]), x]), candidates)
+    is_dense = jnp.arange(candidates.patterns.kind.shape[0] + 1) == 0
+    nothing = (jnp.zeros_like(q), jnp.zeros((q.shape[0], q.shape[2], length), jnp.float32))
+    _, sums = jax.lax.scan(one, nothing, (attentions, is_dense))
+    return jax.tree.map(lambda x: x[1:], sums)
