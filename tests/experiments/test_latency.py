@@ -126,8 +126,10 @@ def test_aims_are_judged_by_the_worst_measurement(tmp_path):
     assert find("clustered, 128K") == ("80.0 ms (llama3-8b)", "floor met")
     assert find("clustered, 1M") == ("not measured", "")
     assert find("lines of real heads")[1] == "floor met"
+    worst = "0.97x (a_shape-128-1024, 128K); best 0.40x (lines-1000-6096, 128K)"
+    assert find("layer over cuDNN dense") == (worst, "aim met")
     worst = "1.10x (a_shape-128-1024, 128K); best 0.45x (lines-1000-6096, 128K)"
-    assert find("any pattern's layer") == (worst, "missed")
+    assert find("layer over dense through") == (worst, "missed")
     assert find("index memory") == ("2000 KB (lines-500-700)", "missed")
     assert rows_markdown(read_rows(record)).count("\n") == 1 + 8
 

@@ -15,7 +15,6 @@ from pallas_kernels.block_sparse_attention import (
     workloads,
     xla,
 )
-from pallas_kernels.block_sparse_attention.plan import make_plan
 from pallas_kernels.common import dispatch
 from tests.kernels.attention_cases import CASES, Case, mixed_index
 from tests.kernels.mgpu_interpret import interpreted
@@ -125,21 +124,6 @@ def test_interpreter_catches_a_missing_wait(forgotten, monkeypatch, capfd):
             # A misused barrier stops the interpreter.
             caught = True
     assert caught
-
-
-@pytest.mark.parametrize("case", [c for c in CASES if c.kv_len < 4000], ids=_name)
-def test_plan_leaves_no_masked_pair_in_full_tiles(case):
-    *_, index, lengths, q_offset = case.build()
-    lists = np.asarray(make_plan(index, lengths=lengths, q_offset=q_offset).lists)
-    begin, count, origin, shift, front, tail, first_row, length = np.moveaxis(lists, -1, 0)[:8]
-    assert np.all((front + tail >= 1) & (front + tail <= np.maximum(count, 1)))
-    entries = np.asarray(index.entries)
-    for where in np.ndindex(*count.shape):
-        full = slice(begin[where] + front[where], begin[where] + count[where] - tail[where])
-        start = origin[where] + entries[where[:2]][full]
-        assert np.all(start >= 0)
-        assert np.all(start + index.block_kv <= first_row[where] + 1)
-        assert np.all(start + shift[where] + index.block_kv <= length[where])
 
 
 def _visited(index, q_len, kv_len):
