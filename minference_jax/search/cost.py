@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from minference_jax.index.build import dense_index
+from minference_jax.index.dense import dense_index
 from minference_jax.index.fallback import executed_tiles
 from pallas_kernels import BlockSparseIndex
 from pallas_kernels.block_sparse_attention.index import num_q_blocks, resolve_lengths
