@@ -105,7 +105,7 @@ def figures(
     )  # fmt: skip
     kl, agrees, surprise = (np.asarray(x, np.float64) for x in scored)
     shares = {name: _share(work) for name, work in run.work.items()}
-    result = {
+    result: dict[str, Any] = {
         "positions": subject.positions,
         "executed": float(shares["executed"].mean()),
         "visited": float(shares["visited"].mean()),

@@ -41,7 +41,7 @@ class Family:
         required: how many of the numbers must be given.
     """
 
-    numbers: dict[str, type[int] | type[float]]
+    numbers: dict[str, type]
     make: Callable[..., Any]
     attention: Callable[[Any, int, int], Any]
     required: int
@@ -106,7 +106,7 @@ def parse_method(spec: str) -> Method:
     )
 
 
-def _number(word: str, name: str, kind: type[int] | type[float], spec: str) -> Number:
+def _number(word: str, name: str, kind: type, spec: str) -> Number:
     try:
         return kind(word)
     except ValueError:
@@ -178,9 +178,9 @@ def _mixed(made: tuple[int, mj.TriShape], layers: int, heads: int) -> mj.SparseA
     return mj.SparseAttention(patterns)
 
 
-_WINDOW = {"sink_size": int, "window_size": int}
-_TRIANGLE = {**_WINDOW, "last_size": int}
-_LINES = {"vertical_size": int, "slash_size": int}
+_WINDOW: dict[str, type] = {"sink_size": int, "window_size": int}
+_TRIANGLE: dict[str, type] = {**_WINDOW, "last_size": int}
+_LINES: dict[str, type] = {"vertical_size": int, "slash_size": int}
 
 FAMILIES: dict[str, Family] = {
     "dense": Family({}, mj.DenseAttention, lambda made, *_: made, 0),

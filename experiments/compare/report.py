@@ -107,7 +107,7 @@ def draw_quality(axes: Axes, rows: Sequence[Row]) -> None:
     families: dict[str, list[Row]] = {}
     for row in rows:
         families.setdefault(row.method.family, []).append(row)
-    colours = mpl.colormaps["tab20"].colors[::2] + mpl.colormaps["tab20"].colors[1::2]
+    colours = mpl.colormaps["tab20"]([*range(0, 20, 2), *range(1, 20, 2)])
     sparse = {name: found for name, found in families.items() if name != "dense"}
     for number, (family, found) in enumerate(sparse.items()):
         found = sorted(found, key=lambda row: row.result["executed"])
