@@ -2,7 +2,7 @@
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -100,20 +100,16 @@ class Compare:
                     repeats=self.repeats,
                 )
                 points = {method: self._point(subject, method, sha256) for method in methods}
-                dense_hidden = None
-                for method, point in points.items():
+                missing = [method for method, point in points.items() if point not in known]
+                bar.set_description(reading.name)
+                bar.update(len(methods) - len(missing))
+                for method, result in _measure(subject, missing, methods[0]):
+                    known[points[method]] = self._keep(points[method], result)
                     bar.set_description(f"{reading.name}: {method.label}")
-                    if point not in known:
-                        if dense_hidden is None:
-                            dense = read(subject, methods[0])
-                            dense_hidden = dense.hidden
-                        run = dense if method == methods[0] else read(subject, method)
-                        dense = None  # two caches at once are not needed
-                        known[point] = self._keep(
-                            point, figures(subject, method, run, dense_hidden)
-                        )
-                    rows.append(Row(reading.name, method, known[point]))
                     bar.update()
+                rows += [
+                    Row(reading.name, method, known[point]) for method, point in points.items()
+                ]
         return rows
 
     def _point(self, subject: Subject, method: Method, model_sha256: str) -> Point:
@@ -132,6 +128,22 @@ class Compare:
     def _keep(self, point: Point, result: dict[str, Any]) -> dict[str, Any]:
         record = append_record(self.record, kind=KIND, argv=sys.argv, config=point, result=result)
         return record["result"]
+
+
+def _measure(
+    subject: Subject, methods: Sequence[Method], dense: Method
+) -> Iterator[tuple[Method, dict[str, Any]]]:
+    """Figures of one method after the other; dense attention reads the prompt first, once."""
+    if not methods:
+        return
+    run = read(subject, dense)
+    dense_hidden = run.hidden
+    if dense in methods:
+        yield dense, figures(subject, dense, run, dense_hidden)
+    del run  # two caches at once are not needed
+    for method in methods:
+        if method != dense:
+            yield method, figures(subject, method, read(subject, method), dense_hidden)
 
 
 def _name(options: LoadOptions) -> str:

@@ -133,7 +133,7 @@ def _from_file(path: Path, spec: str) -> Method:
 
     # A label has no folders: they are this machine's business.
     label = f"patterns:{path.name}"
-    return Method(family=label, label=label, sha256=digest, attention=attention)
+    return Method(family="patterns", label=label, sha256=digest, attention=attention)
 
 
 def _uniform(pattern: mj.Pattern, layers: int, heads: int) -> mj.SparseAttention:

@@ -134,4 +134,4 @@ def draw_quality(axes: Axes, rows: Sequence[Row]) -> None:
     axes.xaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
     axes.grid(which="major", color="0.92")
     if sparse:
-        axes.legend(frameon=False, fontsize=7, loc="lower left")
+        axes.figure.legend(frameon=False, fontsize=7, loc="outside right upper")
