@@ -42,7 +42,7 @@ def test_contributing_names_files_that_exist():
 
 
 def test_options_in_the_readme_exist(capsys):
-    for command in ("generate", "prefill", "search", "latency", "visited"):
+    for command in ("generate", "prefill", "search", "compare", "latency", "visited"):
         with pytest.raises(SystemExit):
             main([command, "--help"])
     known = set(re.findall(r"--[\w-]+", capsys.readouterr().out))

@@ -22,10 +22,11 @@ _PLACES = ("lighthouse", "harbour", "mill", "observatory", "abbey", "foundry", "
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prompt:
-    """A prompt, and what a right answer to it holds; empty if nothing is asked."""
+    """A prompt, what a right answer to it holds (empty if nothing is asked), and how it begins."""
 
     text: str
     answer: str = ""
+    lead: str = ""
 
 
 def packaged_chapter() -> str:
@@ -75,7 +76,9 @@ def needle_prompt(book: str, words: int, *, seed: int, depth: float = 0.5) -> Pr
     text = hide(f"The {place} keeper's magic number is {number}.", passage, depth)
     question = f"What is the {place} keeper's magic number?"
     return Prompt(
-        text=f"Read this part of a book.\n\n{text}\n\nQuestion: {question}", answer=number
+        text=f"Read this part of a book.\n\n{text}\n\nQuestion: {question}",
+        answer=number,
+        lead=f"The {place} keeper's magic number is ",
     )
 
 
@@ -90,7 +93,7 @@ def key_value_prompt(pairs: int, *, seed: int) -> Prompt:
         f"{json.dumps(table, indent=0)}\n\n"
         f'Question: Which value belongs to the key "{key}"?'
     )
-    return Prompt(text=text, answer=table[key])
+    return Prompt(text=text, answer=table[key], lead=f'The value of the key "{key}" is "')
 
 
 def fit_prompt(

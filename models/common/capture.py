@@ -2,19 +2,29 @@
 
 `capture_qkv` is for `prefill(..., observe=capture_qkv)`, which keeps all layers. A pattern search
 needs one layer at a time: `embed_prompt`, then for each layer `layer_qkv` and `layer_output`.
+`read_hidden` keeps many rows of the stream behind the layers, whose logits (`row_logits`) would not
+fit into memory together.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from minference_jax.types import AttentionFn
-from models.common.checks import check_prompt
+from models.common.cache import KVCache
+from models.common.checks import check_attention, check_prompt
 from models.common.config import DecoderConfig
-from models.common.passes import Params, run_embedding, run_layer
+from models.common.passes import (
+    Observe,
+    Params,
+    run_embedding,
+    run_hidden,
+    run_layer,
+    run_logits,
+)
 
 
 class QKV(NamedTuple):
@@ -106,3 +116,54 @@ def layer_output(
         return attention(q, k, v, lengths=lengths, q_offset=None), None
 
     return run_layer(params, layer, x, lengths, config=config, attend=attend)[0]
+
+
+def read_hidden(
+    params: Params,
+    tokens: Int[Array, "batch s"],
+    *,
+    config: DecoderConfig,
+    attention_fn: AttentionFn,
+    rows: int,
+    capacity: int,
+    observe: Observe,
+) -> tuple[Float[Array, "batch rows embed"], KVCache, Any]:
+    """Reads prompts of equal length, as `models.common.decoder.prefill`, and keeps hidden rows.
+
+    Args:
+        params: the tree described in `models.common.decoder`.
+        tokens: prompts.
+        config: the model's hyper-parameters.
+        attention_fn: a pytree whose array leaves have a leading `[layers]` axis.
+        rows: how many of the last rows to keep, 1 to s.
+        capacity: tokens the cache can hold; also the length that decides dynamic rotary
+            frequencies.
+        observe: called instead of each layer's attention, as in `prefill`.
+
+    Returns:
+        The last rows of the residual stream behind the layers, the cache, and what was observed,
+        stacked over layers.
+
+    Raises:
+        ValueError: as `prefill`, and for rows or a capacity that do not suit the prompts.
+    """
+    check_prompt(tokens, None, config)
+    check_attention(attention_fn, config.num_layers)
+    batch, length = tokens.shape
+    if not 1 <= rows <= length:
+        raise ValueError(f"`rows` must be within 1..{length}, the prompts' length; got {rows}")
+    if capacity < length:
+        raise ValueError(
+            f"`capacity` must be at least {length}, the prompts' length; got {capacity}"
+        )
+    return run_hidden(
+        params, tokens, jnp.full(batch, capacity, jnp.int32), config=config,
+        attention_fn=attention_fn, rows=rows, capacity=capacity, observe=observe,
+    )  # fmt: skip
+
+
+def row_logits(
+    params: Params, x: Float[Array, "*rows embed"], *, config: DecoderConfig
+) -> Float[Array, "*rows vocab"]:
+    """Logits, fp32, of rows that `read_hidden` kept; memory grows with rows times vocabulary."""
+    return run_logits(params, x, config=config)

@@ -1,6 +1,7 @@
 """The compiled passes behind `models.common.decoder`: whole, in chunks, and one token at a time.
 
-`run_embedding` and `run_layer` are for `models.common.capture`, which goes layer by layer.
+`run_embedding` and `run_layer` are for `models.common.capture`, which goes layer by layer, and
+`run_hidden` and `run_logits` for the rows that it keeps.
 
 Callers have checked the arguments. Each pass scans the layers once, with the attention's array
 leaves next to the parameters, and differs in what `attend` does with a layer's queries, keys and
@@ -71,8 +72,35 @@ def run_prefill(
     return _ends(params, config).logits(last), cache, observed
 
 
+@functools.partial(jax.jit, static_argnames=("config", "rows", "capacity", "observe"))
+def run_hidden(params, tokens, rope_length, *, config, attention_fn, rows, capacity, observe):
+    """Computes the stream's last rows, cache and what was observed; see `capture.read_hidden`."""
+    x, keys, values, observed = _stream_whole(
+        params, tokens, None, rope_length, config=config, attention_fn=attention_fn,
+        capacity=capacity, observe=observe,
+    )  # fmt: skip
+    lengths = jnp.full(tokens.shape[0], tokens.shape[1], jnp.int32)
+    return x[:, -rows:], KVCache(keys, values, lengths, rope_length.astype(jnp.int32)), observed
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def run_logits(params, x, *, config):
+    """Computes fp32 logits of rows of the stream behind the layers."""
+    return _ends(params, config).logits(x)
+
+
 def _read_whole(params, tokens, lengths, rope_length, *, config, attention_fn, capacity, observe):
-    """The whole prompt at once; the cache leaves the layer scan as its stacked output."""
+    """The whole prompt at once."""
+    x, keys, values, observed = _stream_whole(
+        params, tokens, lengths, rope_length, config=config, attention_fn=attention_fn,
+        capacity=capacity, observe=observe,
+    )  # fmt: skip
+    last = x[:, -1] if lengths is None else _row_at(x, lengths - 1)
+    return last, keys, values, observed
+
+
+def _stream_whole(params, tokens, lengths, rope_length, *, config, attention_fn, capacity, observe):
+    """The residual stream behind the layers; the cache leaves their scan as its stacked output."""
     cos, sin = _tables(tokens.shape, 0, rope_length, config)
     room = ((0, 0), (0, capacity - tokens.shape[1]), (0, 0), (0, 0))
 
@@ -84,8 +112,7 @@ def _read_whole(params, tokens, lengths, rope_length, *, config, attention_fn, c
     x, _, (keys, values, observed) = _scan_layers(
         params, x, cos, sin, attention_fn, attend, None, config=config
     )
-    last = x[:, -1] if lengths is None else _row_at(x, lengths - 1)
-    return last, keys, values, observed
+    return x, keys, values, observed
 
 
 def _read_chunks(

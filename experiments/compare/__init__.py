@@ -1,0 +1,1 @@
+"""`minference compare`: methods and budgets on one model, quality against density."""

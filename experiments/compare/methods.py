@@ -1,0 +1,199 @@
+"""Methods as the command line writes them: `hybrid:0.1,1000` is a family and its budget."""
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import minference_jax as mj
+from experiments.common.errors import UserError, one_line
+
+Number = int | float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Method:
+    """One method with its budget.
+
+    Attributes:
+        family: its name; budgets of a family make one line of the plot.
+        label: family and budget, written in one way only.
+        sha256: of the pattern file, if there is one: a record must not confuse its versions.
+        attention: makes the attention of a model of some layers and heads.
+    """
+
+    family: str
+    label: str
+    sha256: str | None = None
+    attention: Callable[[int, int], Any] = dataclasses.field(compare=False, repr=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A family of methods.
+
+    Attributes:
+        numbers: names of the numbers after the colon, and whether they are whole.
+        make: from these numbers to what every head gets; raises ValueError.
+        attention: from that, layers and heads to the attention of a model.
+        required: how many of the numbers must be given.
+    """
+
+    numbers: dict[str, type]
+    make: Callable[..., Any]
+    attention: Callable[[Any, int, int], Any]
+    required: int
+
+    def usage(self, name: str) -> str:
+        """How such a method is written; brackets around what may be left out."""
+        names = [word.upper() for word in self.numbers]
+        must, may = names[: self.required], names[self.required :]
+        return (f"{name}:" if names else name) + ",".join(must) + "".join(f"[,{x}]" for x in may)
+
+
+def dense() -> Method:
+    """The method that the others are compared with."""
+    return parse_method("dense")
+
+
+def parse_methods(specs: tuple[str, ...]) -> list[Method]:
+    """Returns the methods named on the command line, dense first.
+
+    Raises:
+        UserError: one is not a method, or named twice.
+    """
+    methods = [dense()]
+    named = set()
+    for spec in specs:
+        method = parse_method(spec)
+        if method.label in named:
+            raise UserError(f"--methods names {method.label} twice; remove one")
+        named.add(method.label)
+        if method != methods[0]:
+            methods.append(method)
+    return methods
+
+
+def parse_method(spec: str) -> Method:
+    """Returns one method; raises UserError if it is none."""
+    name, _, rest = spec.partition(":")
+    if name == "patterns":
+        return _from_file(Path(rest), spec)
+    if name not in FAMILIES:
+        known = ", ".join(family.usage(name) for name, family in FAMILIES.items())
+        raise UserError(f"--methods: {spec!r} is no method; known: {known}, patterns:FILE")
+    family = FAMILIES[name]
+    words = rest.split(",") if rest else []
+    if not family.required <= len(words) <= len(family.numbers):
+        raise UserError(
+            f"--methods: expected {family.usage(name)}, got {len(words)} numbers in {spec!r}"
+        )
+    numbers = {
+        key: _number(word, key, kind, spec)
+        for (key, kind), word in zip(family.numbers.items(), words, strict=False)
+    }
+    try:
+        made = family.make(**numbers)
+    except ValueError as error:
+        raise UserError(f"--methods: {spec!r}: {one_line(error)}") from error
+    budget = ",".join(str(number).removesuffix(".0") for number in numbers.values())
+    return Method(
+        family=name,
+        label=f"{name}:{budget}" if budget else name,
+        attention=functools.partial(family.attention, made),
+    )
+
+
+def _number(word: str, name: str, kind: type, spec: str) -> Number:
+    try:
+        return kind(word)
+    except ValueError:
+        wanted = "a whole number" if kind is int else "a number"
+        raise UserError(f"--methods: {spec!r}: {name} must be {wanted}, got {word!r}") from None
+
+
+def _from_file(path: Path, spec: str) -> Method:
+    try:
+        patterns = mj.HeadPatterns.load(path)
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"--methods: {spec!r}: expected patterns:FILE with a pattern file; {one_line(error)}"
+        ) from error
+
+    def attention(layers: int, heads: int) -> Any:
+        if (patterns.num_layers, patterns.num_heads) != (layers, heads):
+            raise UserError(
+                f"{path} describes {patterns.num_layers} layers of {patterns.num_heads} heads, but "
+                f"the model has {layers} layers of {heads} heads; use a file made for this model"
+            )
+        return mj.SparseAttention(patterns)
+
+    # A label has no folders: they are this machine's business.
+    label = f"patterns:{path.name}"
+    return Method(family="patterns", label=label, sha256=digest, attention=attention)
+
+
+def _uniform(pattern: mj.Pattern, layers: int, heads: int) -> mj.SparseAttention:
+    return mj.SparseAttention(mj.HeadPatterns.uniform(pattern, num_layers=layers, num_heads=heads))
+
+
+def _adaptive(estimator: mj.Estimator, layers: int, heads: int) -> mj.AdaptiveAttention:
+    return mj.AdaptiveAttention(estimator).for_layers(layers)
+
+
+def _hybrid(alpha: float, num_columns: int) -> mj.Estimator:
+    return mj.WithColumns(mj.BlockThreshold(alpha), num_columns)
+
+
+def _diagonals(num_diagonals: int, num_columns: int = 0) -> mj.Estimator:
+    diagonals = mj.BlockDiagonals(num_diagonals)
+    return mj.WithColumns(diagonals, num_columns) if num_columns else diagonals
+
+
+def _x_attention(tau: float, stride: int = 16) -> mj.Estimator:
+    block = mj.Layout().block_q
+    if stride < 1 or block % stride:
+        raise ValueError(f"stride must divide {block}, got {stride}")
+    return mj.XAttention(tau, stride)
+
+
+def _triangle(first_triangle: int, **sizes: int) -> tuple[int, mj.TriShape]:
+    if first_triangle < 0:
+        raise ValueError(f"first_triangle must be at least 0, got {first_triangle}")
+    return first_triangle, mj.TriShape(**sizes)
+
+
+def _mixed(made: tuple[int, mj.TriShape], layers: int, heads: int) -> mj.SparseAttention:
+    first, sizes = made
+    if first > layers:
+        raise UserError(
+            f"triangle_mix begins with layer {first}, but the model has {layers}; take less"
+        )
+    patterns = mj.triangle_mix(
+        num_layers=layers, num_heads=heads, first_triangle=first, **dataclasses.asdict(sizes)
+    )
+    return mj.SparseAttention(patterns)
+
+
+_WINDOW: dict[str, type] = {"sink_size": int, "window_size": int}
+_TRIANGLE: dict[str, type] = {**_WINDOW, "last_size": int}
+_LINES: dict[str, type] = {"vertical_size": int, "slash_size": int}
+
+FAMILIES: dict[str, Family] = {
+    "dense": Family({}, mj.DenseAttention, lambda made, *_: made, 0),
+    "a_shape": Family(_WINDOW, mj.AShape, _uniform, 2),
+    "tri_shape": Family(_TRIANGLE, mj.TriShape, _uniform, 3),
+    "vertical_slash": Family({**_LINES, **_WINDOW}, mj.VerticalSlash, _uniform, 2),
+    "block_sparse": Family({"num_blocks": int}, mj.BlockSparse, _uniform, 1),
+    "triangle_mix": Family({"first_triangle": int, **_TRIANGLE}, _triangle, _mixed, 4),
+    "threshold": Family({"alpha": float}, mj.BlockThreshold, _adaptive, 1),
+    "hybrid": Family({"alpha": float, "num_columns": int}, _hybrid, _adaptive, 2),
+    "xattention": Family({"tau": float, "stride": int}, _x_attention, _adaptive, 1),
+    "flexprefill": Family(
+        {"gamma": float, "tau": float, "min_budget": int}, mj.FlexPrefill, _adaptive, 1
+    ),
+    "diagonals": Family({"num_diagonals": int, "num_columns": int}, _diagonals, _adaptive, 1),
+}

@@ -1,0 +1,84 @@
+"""Rows of a comparison's record: what each measured, and how those of a killed run are found."""
+
+import dataclasses
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array
+
+from experiments.common.errors import reported_as_user_error
+from experiments.common.record import environment, read_records
+from models import Model
+
+KIND = "compare"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Point:
+    """What one record measures; a restarted run knows by it what it already has.
+
+    Attributes:
+        model: name of the model's file or folder.
+        model_sha256: of its configuration and part of its weights.
+        prompt: name of the prompt.
+        prompt_sha256: of its tokens and the answer's.
+        tokens: of the prompt.
+        method: label of the method.
+        patterns_sha256: of the pattern file, if there is one.
+        positions: compared, from the end of the prompt.
+        repeats: timed runs of the prefill.
+    """
+
+    model: str
+    model_sha256: str
+    prompt: str
+    prompt_sha256: str
+    tokens: int
+    method: str
+    patterns_sha256: str | None
+    positions: int
+    repeats: int
+
+
+def fingerprint(model: Model) -> str:
+    """A digest of the configuration and of one number in each thousand of every weight array."""
+    digest = hashlib.sha256(repr(model.config).encode())
+    for leaf in jax.tree.leaves(model.params):
+        digest.update(str(leaf.dtype).encode())
+        digest.update(np.asarray(_sample(leaf)).tobytes())
+    return digest.hexdigest()
+
+
+@jax.jit
+def _sample(leaf: Array) -> Array:
+    # Only along one axis: a flattened copy of an embedding would not fit beside the model.
+    return leaf[..., ::97, ::11] if leaf.ndim > 1 else leaf
+
+
+def read_rows(path: Path) -> dict[Point, dict[str, Any]]:
+    """Returns the results in a file that this revision measured on this device, none if missing.
+
+    A last line that a kill cut off is removed from the file.
+
+    Raises:
+        UserError: another line is no record, or the file cannot be read.
+    """
+    if not path.exists():
+        return {}
+    with reported_as_user_error(OSError, ValueError):
+        _remove_cut_line(path)
+        records = read_records(path, kind=KIND)
+    here = environment([])
+    same = ("device", "git")
+    records = [r for r in records if all(r["environment"][x] == here[x] for x in same)]
+    return {Point(**record["config"]): record["result"] for record in records}
+
+
+def _remove_cut_line(path: Path) -> None:
+    """A record is written with the end of its line, so a line without one is not whole."""
+    content = path.read_bytes()
+    if content and not content.endswith(b"\n"):
+        path.write_bytes(content[: content.rfind(b"\n") + 1])
