@@ -10,6 +10,7 @@ from experiments.common.errors import parse_reporting_errors, run_reporting_erro
 from experiments.compare.command import Compare
 from experiments.generate import Generate
 from experiments.latency.command import Latency
+from experiments.patterns.command import Patterns
 from experiments.prefill import Prefill
 from experiments.search.command import Search
 from experiments.visited.command import Visited
@@ -20,6 +21,7 @@ Command = tyro.conf.OmitArgPrefixes[
     | Annotated[Search, tyro.conf.subcommand("search", prefix_name=False)]
     | Annotated[Compare, tyro.conf.subcommand("compare", prefix_name=False)]
     | Annotated[Latency, tyro.conf.subcommand("latency", prefix_name=False)]
+    | Annotated[Patterns, tyro.conf.subcommand("patterns", prefix_name=False)]
     | Annotated[Visited, tyro.conf.subcommand("visited", prefix_name=False)]
 ]
 DESCRIPTION = "MInference in JAX: long prompts read with sparse attention."

@@ -42,9 +42,13 @@ def test_contributing_names_files_that_exist():
 
 
 def test_options_in_the_readme_exist(capsys):
-    for command in ("generate", "prefill", "search", "compare", "latency", "visited"):
+    analyses = ("distribution", "coverage", "recall", "maps", "sparsity", "decoding")
+    commands = [
+        [name] for name in ("generate", "prefill", "search", "compare", "latency", "visited")
+    ]
+    for command in commands + [["patterns", name] for name in analyses]:
         with pytest.raises(SystemExit):
-            main([command, "--help"])
+            main([*command, "--help"])
     known = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
     named = set(re.findall(r"--[a-z][\w-]+", README))
     assert {"--attention", "--compare"} <= named

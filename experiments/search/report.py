@@ -22,7 +22,7 @@ from minference_jax.search import LayerScores, Objective
 
 NAMES = {made: name for name, made in KINDS.items()}
 
-_COLOURS = {
+COLOURS = {
     Kind.A_SHAPE: "tab:blue",
     Kind.TRI_SHAPE: "tab:purple",
     Kind.VERTICAL_SLASH: "tab:red",
@@ -74,7 +74,7 @@ class Found:
 
     def labels(self) -> list[str]:
         """The candidates in words."""
-        labels = [_label(pattern) for pattern in self.candidates]
+        labels = [label(pattern) for pattern in self.candidates]
         if self.targets is None or len(set(self.targets)) == 1:
             return labels
         return [f"{name} at {at:.3g}" for name, at in zip(labels, self.targets, strict=True)]
@@ -120,15 +120,15 @@ def _draw_kinds(axes: Axes, found: Found) -> None:
     norm = PowerNorm(0.5, 0.0, max(float(loss.max()), 1e-6))
     weight = 1 - (1 - _FAINTEST) * np.asarray(norm(loss))[..., None]
     kinds = np.asarray(found.patterns.kind)
-    colours = np.array([to_rgb(_COLOURS[kind]) for kind in sorted(_COLOURS)])[kinds]
+    colours = np.array([to_rgb(COLOURS[kind]) for kind in sorted(COLOURS)])[kinds]
     axes.imshow(1 - weight * (1 - colours), aspect="auto", origin="upper")
     axes.set(xlabel="head", ylabel="layer", title="pattern, fainter where more is lost")
     for axis, size in ((axes.xaxis, kinds.shape[1]), (axes.yaxis, kinds.shape[0])):
         axis.set_major_locator(MaxNLocator(min(size, 10), integer=True))
-    counts = {kind: int(np.sum(kinds == kind)) for kind in _COLOURS}
+    counts = {kind: int(np.sum(kinds == kind)) for kind in COLOURS}
     axes.figure.legend(
         handles=[
-            Patch(color=_COLOURS[kind], label=f"{kind.name.lower()}: {count} heads")
+            Patch(color=COLOURS[kind], label=f"{kind.name.lower()}: {count} heads")
             for kind, count in counts.items()
             if count
         ],
@@ -154,7 +154,8 @@ def _rows(found: Found) -> list[dict[str, Any]]:
     ]
 
 
-def _label(pattern: mj.Pattern) -> str:
+def label(pattern: mj.Pattern) -> str:
+    """A pattern and its sizes, in short."""
     name = NAMES[type(pattern)]
     sizes = dataclasses.asdict(pattern)
     if isinstance(pattern, mj.VerticalSlash):

@@ -1,0 +1,1 @@
+"""`minference patterns`: the analyses of attention behind the method."""
