@@ -21,9 +21,27 @@ from pallas_kernels.common.environment import not_hopper
 _WIDEST_STAGGERED = 128
 
 
-def _measured_break_even() -> int:
-    """Keys for which an H200 builds an index as fast as it attends densely (32 heads of 128)."""
+def _device_break_even() -> int:
+    """Keys for which the default device builds an index as fast as it attends densely.
+
+    For 8,192 keys and 32 heads of 128, an H200 takes 0.55 ms for the parts of a vertical-slash
+    index and 0.92 ms for dense attention (`experiments/results/h200/latency.jsonl`): equal at 6,300
+    keys. The number is above that, because parts that pay barely are not worth their risk.
+    """
     return 0 if not_hopper() else 7168
+
+
+def attend_for_output(
+    self: Any,
+    q: Float[Array, "batch q_len heads head_dim"],
+    k: Float[Array, "batch kv_len kv_heads head_dim"],
+    v: Float[Array, "batch kv_len kv_heads head_dim"],
+    *,
+    lengths: Int[Array, " batch"] | None = None,
+    q_offset: Int[Array, ""] | None = None,
+) -> Float[Array, "batch q_len heads head_dim"]:
+    """The output of `attend`, without the index: the call of every AttentionFn of this package."""
+    return self.attend(q, k, v, lengths=lengths, q_offset=q_offset)[0]
 
 
 @no_type_check
@@ -42,14 +60,14 @@ class SparseAttention:
             have room for block-sparse heads, or 64 for heads wider than 128 (static).
         implementation: which kernel runs; None chooses one for the default device (static).
         dense_above: a head that would execute more than this many times the key tiles of dense
-            attention runs densely; None keeps every list. A staggered tile takes 1.1 times as long
-            as a plain one (static).
+            attention runs densely; None keeps every list, whatever it costs. A staggered tile takes
+            1.1 times as long as a plain one (static).
         stagger: cut the tiles of lines for half a query tile's rows; the second half visits them
             `block_q / 2` keys later. Fewer keys are visited for the same lines. None does so for
             heads of at most 128 (static).
         break_even: keys at which estimating an index takes as long as dense attention. A layer
-            whose budgets cannot win that time back is dense; 0 always estimates. None takes what
-            was measured on Hopper GPUs, and 0 elsewhere (static).
+            whose budgets cannot win that time back is dense; 0 always estimates. None is 7,168 on
+            Hopper GPUs; 0 elsewhere, and where `dense_above` is None (static).
     """
 
     patterns: HeadPatterns
@@ -69,17 +87,7 @@ class SparseAttention:
             raise ValueError(f"layer {number} of an attention with {layers} layers")
         return jax.tree.map(lambda x: x[number], self)
 
-    def __call__(
-        self,
-        q: Float[Array, "batch q_len heads head_dim"],
-        k: Float[Array, "batch kv_len kv_heads head_dim"],
-        v: Float[Array, "batch kv_len kv_heads head_dim"],
-        *,
-        lengths: Int[Array, " batch"] | None = None,
-        q_offset: Int[Array, ""] | None = None,
-    ) -> Float[Array, "batch q_len heads head_dim"]:
-        """Estimates the index of this layer and attends; see `AttentionFn`."""
-        return self.attend(q, k, v, lengths=lengths, q_offset=q_offset)[0]
+    __call__ = attend_for_output
 
     def attend(
         self,
@@ -130,7 +138,9 @@ class SparseAttention:
             return attend(q, k, v, **at), dense_like(jax.eval_shape(build), *sizes, **at)
 
         sizes = (q.shape[1], k.shape[1])
-        break_even = _measured_break_even() if self.break_even is None else self.break_even
+        break_even = self.break_even
+        if break_even is None:
+            break_even = 0 if self.dense_above is None else _device_break_even()
         if not fallback.in_doubt(*sizes, break_even):
             return sparse()
         return jax.lax.cond(fallback.pays(patterns, *sizes, break_even), sparse, everything)
@@ -148,17 +158,7 @@ class DenseAttention:
         default=None, metadata={"static": True}
     )
 
-    def __call__(
-        self,
-        q: Float[Array, "batch q_len heads head_dim"],
-        k: Float[Array, "batch kv_len kv_heads head_dim"],
-        v: Float[Array, "batch kv_len kv_heads head_dim"],
-        *,
-        lengths: Int[Array, " batch"] | None = None,
-        q_offset: Int[Array, ""] | None = None,
-    ) -> Float[Array, "batch q_len heads head_dim"]:
-        """Attends to every key at or before each query; see `AttentionFn`."""
-        return self.attend(q, k, v, lengths=lengths, q_offset=q_offset)[0]
+    __call__ = attend_for_output
 
     def attend(
         self,

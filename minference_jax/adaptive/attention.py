@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from minference_jax.adaptive.layout import Estimator, Layout
+from minference_jax.attention import attend_for_output
 from minference_jax.index.dense import make_costly_dense
 from pallas_kernels import BlockSparseIndex, block_sparse_attention
 from pallas_kernels.block_sparse_attention.api import Implementation
@@ -62,17 +63,7 @@ class AdaptiveAttention:
         """The attention of one layer of a model."""
         return _layer(self, number)
 
-    def __call__(
-        self,
-        q: Float[Array, "batch q_len heads head_dim"],
-        k: Float[Array, "batch kv_len kv_heads head_dim"],
-        v: Float[Array, "batch kv_len kv_heads head_dim"],
-        *,
-        lengths: Int[Array, " batch"] | None = None,
-        q_offset: Int[Array, ""] | None = None,
-    ) -> Float[Array, "batch q_len heads head_dim"]:
-        """Estimates the index of this layer and attends; see `AttentionFn`."""
-        return self.attend(q, k, v, lengths=lengths, q_offset=q_offset)[0]
+    __call__ = attend_for_output
 
     def attend(
         self,
@@ -138,17 +129,7 @@ class IndexedAttention:
         """The attention of one layer of a model."""
         return _layer(self, number)
 
-    def __call__(
-        self,
-        q: Float[Array, "batch q_len heads head_dim"],
-        k: Float[Array, "batch kv_len kv_heads head_dim"],
-        v: Float[Array, "batch kv_len kv_heads head_dim"],
-        *,
-        lengths: Int[Array, " batch"] | None = None,
-        q_offset: Int[Array, ""] | None = None,
-    ) -> Float[Array, "batch q_len heads head_dim"]:
-        """Attends to what the index names; see `AttentionFn`."""
-        return self.attend(q, k, v, lengths=lengths, q_offset=q_offset)[0]
+    __call__ = attend_for_output
 
     def attend(
         self,

@@ -68,8 +68,9 @@ def pays(patterns: HeadPatterns, q_len: int, kv_len: int, break_even: int) -> Bo
     """Whether one layer's budgets can win back the time that building its index takes.
 
     A budget's density is predicted from its sizes alone: every query sees half the columns, all
-    near distances, and each searched distance costs two keys (measured on real heads: 1.8 at
-    (1000, 6096), 4 at (500, 700)); dense attention sees half the keys.
+    near distances, and each searched distance costs two keys; dense attention sees half the keys.
+    Real heads need more (3.6 keys a distance for (500, 700) at 16K tokens, by
+    `experiments/results/cpu/visited.jsonl`), so that layers in doubt are estimated.
     """
     kind = patterns.kind
     lined = patterns.sink_size + patterns.window_size

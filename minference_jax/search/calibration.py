@@ -45,7 +45,12 @@ class Kernel:
     def attention(self, patterns: HeadPatterns) -> SparseAttention:
         """Attention with these patterns, whose heads stay sparse whatever that costs."""
         return SparseAttention(
-            patterns, self.block_q, self.block_kv, self.implementation, None, self.stagger
+            patterns,
+            block_q=self.block_q,
+            block_kv=self.block_kv,
+            implementation=self.implementation,
+            dense_above=None,
+            stagger=self.stagger,
         )
 
 

@@ -98,6 +98,22 @@ def test_the_threshold_of_an_attention_decides():
     assert density(mj.SparseAttention(whole, 16, 16, dense_above=0.1)) == 1.0
 
 
+def test_lists_that_are_kept_are_not_traded_for_dense_attention(monkeypatch):
+    """`dense_above=None` keeps them on every device, also where an index cannot pay."""
+    monkeypatch.setattr("minference_jax.attention._device_break_even", lambda: 7168)
+    q, k, v = map(jnp.asarray, random_qkv(0, q_len=128, heads=1, kv_heads=1))
+    whole = mj.HeadPatterns.uniform(
+        mj.AShape(sink_size=1, window_size=4), num_layers=1, num_heads=1
+    )
+
+    def density(dense_above):
+        attention = mj.SparseAttention(whole, 16, 16, dense_above=dense_above).layer(0)
+        return attention.attend(q, k, v)[1].density(128, 128)[0, 0]
+
+    assert density(None) < 0.5
+    assert density(1.0) == 1.0
+
+
 def test_a_layer_whose_index_cannot_pay_is_dense():
     """Time of the index: (40 / 256)^2 = 2.4 % of dense attention's, or as much at 256 keys."""
     q, k, v = map(jnp.asarray, random_qkv(0, batch=2, q_len=256, heads=2, kv_heads=1))
