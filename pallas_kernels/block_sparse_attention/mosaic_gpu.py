@@ -5,7 +5,6 @@ query rows each. README.md explains the structure and what was measured.
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -53,7 +52,6 @@ def block_sparse_attention(
     lengths: Int[Array, " batch"],
     q_offset: Int[Array, ""],
     config: Config | None = None,
-    interpret: Any = None,
 ) -> tuple[Float[Array, "batch q_len heads head_dim"], Float[Array, "batch heads q_len"]]:
     """Output in q's dtype and natural-log log-sum-exp; see `unsupported` for what it serves."""
     q_len = q.shape[1]
@@ -64,7 +62,7 @@ def block_sparse_attention(
     q, k, v = (_pad_rows(x) for x in (q, k, v))
     plan = make_plan(index, lengths=lengths, q_offset=q_offset)
     columns = gather_columns(k, v, index) if plan.column_ids.shape[2] else None
-    out, lse = _launch(q, k, v, index, plan, columns, config, interpret)
+    out, lse = _launch(q, k, v, index, plan, columns, config)
     return out[:, :q_len], lse[:, :, :q_len]
 
 
@@ -73,7 +71,7 @@ def _pad_rows(x):
     return jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))) if missing else x
 
 
-def _launch(q, k, v, index, plan: Plan, columns, config: Config, interpret):
+def _launch(q, k, v, index, plan: Plan, columns, config: Config):
     batch, _, heads, head_dim = q.shape
     tiles = index.begin.shape[2]
     swizzle = plgpu.find_swizzle(head_dim * 16)
@@ -120,5 +118,4 @@ def _launch(q, k, v, index, plan: Plan, columns, config: Config, interpret):
             approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
         ),
         kernel_name="block_sparse_attention",
-        **({} if interpret is None else {"interpret": interpret}),
     )(*arrays)
