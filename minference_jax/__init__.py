@@ -10,12 +10,15 @@ from minference_jax.adaptive import IndexedAttention as IndexedAttention
 from minference_jax.adaptive import Layout as Layout
 from minference_jax.adaptive import WithColumns as WithColumns
 from minference_jax.adaptive import XAttention as XAttention
+from minference_jax.adaptive import recommended_attention as recommended_attention
 from minference_jax.adaptive import triangle_mix as triangle_mix
 from minference_jax.attention import DenseAttention as DenseAttention
 from minference_jax.attention import SparseAttention as SparseAttention
 from minference_jax.attention import VisitedPairs as VisitedPairs
 from minference_jax.attention import observe_density as observe_density
 from minference_jax.attention import vertical_slash_attention as vertical_slash_attention
+from minference_jax.configs import load_shipped as load_shipped
+from minference_jax.configs import shipped_patterns as shipped_patterns
 from minference_jax.index import build_index as build_index
 from minference_jax.patterns import AShape as AShape
 from minference_jax.patterns import BlockSparse as BlockSparse

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from minference_jax.adaptive.layout import Estimator, Layout
-from minference_jax.attention import attend_for_output
+from minference_jax.attention import attend_for_output, take_layer
 from minference_jax.index.dense import make_costly_dense
 from pallas_kernels import BlockSparseIndex, block_sparse_attention
 from pallas_kernels.block_sparse_attention.api import Implementation
@@ -59,10 +59,7 @@ class AdaptiveAttention:
 
         return jax.tree.map(repeat, self)
 
-    def layer(self, number: int) -> Self:
-        """The attention of one layer of a model."""
-        return _layer(self, number)
-
+    layer = take_layer
     __call__ = attend_for_output
 
     def attend(
@@ -125,10 +122,7 @@ class IndexedAttention:
         default=None, metadata={"static": True}
     )
 
-    def layer(self, number: int) -> Self:
-        """The attention of one layer of a model."""
-        return _layer(self, number)
-
+    layer = take_layer
     __call__ = attend_for_output
 
     def attend(
@@ -155,16 +149,3 @@ class IndexedAttention:
             implementation=self.implementation,
         )  # fmt: skip
         return out, self.index
-
-
-def _layer(attention, number):
-    shapes = [jnp.shape(x) for x in jax.tree.leaves(attention)]
-    if any(len(shape) < 2 for shape in shapes):
-        raise ValueError(
-            "this is the attention of one layer: its parameters have no leading [layers] axis; see "
-            "`for_layers`"
-        )
-    layers = shapes[0][0]
-    if not -layers <= number < layers:
-        raise ValueError(f"layer {number} of an attention with {layers} layers")
-    return jax.tree.map(lambda x: x[number], attention)
