@@ -1,7 +1,7 @@
 """Attention callables: sparse by pattern, and dense through the same kernel."""
 
 import dataclasses
-from typing import Any, NamedTuple, Self, no_type_check
+from typing import Any, NamedTuple, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +44,23 @@ def attend_for_output(
     return self.attend(q, k, v, lengths=lengths, q_offset=q_offset)[0]
 
 
+def take_layer[Attention](self: Attention, number: int) -> Attention:
+    """The attention of one layer of a model.
+
+    Raises:
+        ValueError: there is no such layer, or this is the attention of one layer already.
+    """
+    shapes = [jnp.shape(x) for x in jax.tree.leaves(self)]
+    if any(len(shape) < 2 for shape in shapes):
+        raise ValueError(
+            "this is the attention of one layer: its arrays have no leading [layers] axis (an "
+            "AdaptiveAttention gets it with `for_layers`)"
+        )
+    if shapes and not -shapes[0][0] <= number < shapes[0][0]:
+        raise ValueError(f"layer {number} of an attention with {shapes[0][0]} layers")
+    return jax.tree.map(lambda x: x[number], self)
+
+
 @no_type_check
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -80,13 +97,7 @@ class SparseAttention:
     stagger: bool | None = dataclasses.field(default=None, metadata={"static": True})
     break_even: int | None = dataclasses.field(default=None, metadata={"static": True})
 
-    def layer(self, number: int) -> Self:
-        """The attention of one layer."""
-        layers = self.patterns.num_layers
-        if not -layers <= number < layers:
-            raise ValueError(f"layer {number} of an attention with {layers} layers")
-        return jax.tree.map(lambda x: x[number], self)
-
+    layer = take_layer
     __call__ = attend_for_output
 
     def attend(
@@ -158,6 +169,7 @@ class DenseAttention:
         default=None, metadata={"static": True}
     )
 
+    layer = take_layer
     __call__ = attend_for_output
 
     def attend(

@@ -33,42 +33,54 @@ def attention(estimator, *, dense_above=None, shared=False):
     return mj.AdaptiveAttention(estimator, layout, dense_above=dense_above)
 
 
+OFFSET = jnp.int32(KV_LEN - Q_LEN)
+
+
 @jax.jit
-def attend(attention, q, k, v, lengths):
-    out, index = attention.attend(q, k, v, lengths=lengths)
-    return out, index, index.to_mask(Q_LEN, KV_LEN, lengths=lengths)
+def attend(attention, q, k, v, lengths, q_offset):
+    at = {"lengths": lengths, "q_offset": q_offset}
+    out, index = attention.attend(q, k, v, **at)
+    return out, index, index.to_mask(Q_LEN, KV_LEN, **at)
 
 
-def test_hybrid_is_blocks_and_columns_and_output_is_attention_over_them():
-    arrays = (*map(jnp.asarray, prompts()), jnp.asarray(LENGTHS))
+@pytest.mark.parametrize(
+    ("offset", "lengths"),
+    [
+        pytest.param(KV_LEN - Q_LEN, LENGTHS, id="whole"),
+        # As chunked prefill: the cache holds more than was read, one prompt ends inside the chunk.
+        pytest.param(37, np.array([37 + Q_LEN, 90]), id="chunk"),
+    ],
+)
+def test_hybrid_is_blocks_and_columns_and_output_is_attention_over_them(offset, lengths):
+    q, k, v = prompts()
+    unread = np.arange(KV_LEN)[None, :, None, None] >= lengths[:, None, None, None]
+    k, v = np.where(unread, np.float32(30), k), np.where(unread, np.float32(30), v)
+    arrays = map(jnp.asarray, (q, k, v, lengths, np.int32(offset)))
     out, index, mask = attend(attention(hybrid()).for_layers(1).layer(0), *arrays)
     validate(index)
-    q, k, _ = prompts()
     for b, h in np.ndindex(2, HEADS):
-        prompt = brute_force.Prompt(
-            [q[b, :, h]], k[b, :, h // 2], KV_LEN - Q_LEN, int(LENGTHS[b]), 32, 16
-        )
+        prompt = brute_force.Prompt([q[b, :, h]], k[b, :, h // 2], offset, int(lengths[b]), 32, 16)
         parameters = {"alpha": 0.5, "sink_blocks": 1, "local_blocks": 2, "pooled_rows": 1}
         want = prompt.mask(functools.partial(brute_force.block_threshold, prompt, **parameters))
         want[:, sorted(brute_force.columns(prompt, 20))] = True
-        real = REAL[b]
-        want &= causal_mask(Q_LEN, KV_LEN)
+        want &= causal_mask(Q_LEN, KV_LEN, offset)
+        real = int(lengths[b]) - offset
         np.testing.assert_array_equal(mask[b, h, :real], want[:real])
-    want = masked_attention(*prompts(), np.asarray(mask))
-    for b, length in enumerate(REAL):
+    want = masked_attention(q, k, v, np.asarray(mask))
+    for b, length in enumerate(lengths - offset):
         assert_attention_close(out[b : b + 1, :length], want[b : b + 1, :length])
 
 
 def test_real_rows_do_not_depend_on_padding_or_other_rows():
     q, k, v = map(jnp.asarray, prompts())
     made = attention(hybrid()).for_layers(1).layer(0)
-    together = attend(made, q, k, v, jnp.asarray(LENGTHS))[0]
+    together = attend(made, q, k, v, jnp.asarray(LENGTHS), OFFSET)[0]
     real = int(REAL[1])
     noise = [
         jnp.where(jnp.arange(x.shape[1])[None, :, None, None] < n, x, -3.0)
         for x, n in ((q, real), (k, int(LENGTHS[1])), (v, int(LENGTHS[1])))
     ]
-    again = attend(made, *(x.at[0].set(x[1]) for x in noise), jnp.asarray(LENGTHS[[1, 1]]))
+    again = attend(made, *(x.at[0].set(x[1]) for x in noise), jnp.asarray(LENGTHS[[1, 1]]), OFFSET)
     np.testing.assert_array_equal(again[0][0, :real], together[1, :real])
 
 
@@ -83,7 +95,7 @@ def costly(index, dense_above):
 
 
 def test_parameters_are_data_and_costly_query_tiles_dense():
-    arrays = (*map(jnp.asarray, prompts()), jnp.asarray(LENGTHS))
+    arrays = (*map(jnp.asarray, prompts()), jnp.asarray(LENGTHS), OFFSET)
     attend(attention(hybrid()).for_layers(1).layer(0), *arrays)
     programs = attend._cache_size()
     alphas = np.repeat([0.1, 0.5, 0.9], HEADS).reshape(3, HEADS)
@@ -122,7 +134,7 @@ def test_parameters_are_data_and_costly_query_tiles_dense():
 def test_an_index_from_outside_is_visited_as_it_is():
     q, k, v = map(jnp.asarray, prompts())
     lengths = jnp.asarray(LENGTHS)
-    _, index, mask = attend(attention(hybrid()).for_layers(1).layer(0), q, k, v, lengths)
+    _, index, mask = attend(attention(hybrid()).for_layers(1).layer(0), q, k, v, lengths, OFFSET)
     layers = mj.IndexedAttention(jax.tree.map(lambda x: jnp.stack([0 * x, x]), index), "reference")
     visit = jax.jit(lambda made, q, k, v, lengths: made.attend(q, k, v, lengths=lengths))
     out, used = visit(layers.layer(1), q, k, v, lengths)
@@ -144,7 +156,7 @@ def test_misuse_is_explained():
         call(attention(mj.BlockThreshold(jnp.ones(3))))
     with pytest.raises(ValueError, match="is for 4 lists, but there are 2"):
         call(attention(mj.BlockThreshold(jnp.ones(4)), shared=True))
-    with pytest.raises(ValueError, match="one layer"):
+    with pytest.raises(ValueError, match="one layer.*`for_layers`"):
         attention(plain).layer(0)
     with pytest.raises(ValueError, match="layer 2 of an attention with 2 layers"):
         attention(plain).for_layers(2).layer(2)

@@ -173,6 +173,8 @@ def test_misuse_is_explained():
         sparse(MIXED)(q[:, :, :2], k, v)
     with pytest.raises(ValueError, match="layer 2 of an attention with 2 layers"):
         whole.layer(2)
+    with pytest.raises(ValueError, match="the attention of one layer"):
+        whole.layer(0).layer(0)
     with pytest.raises(ValueError, match="must be a multiple"):
         sparse(MIXED)(q, jnp.repeat(k, 3, axis=2)[:, :, :3], jnp.repeat(v, 3, axis=2)[:, :, :3])
     with pytest.raises(ValueError, match="empty axis"):
