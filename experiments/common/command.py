@@ -6,9 +6,9 @@ import sys
 
 from rich.console import Console
 
-from experiments.common.compare import Task, attention_of, check_drawn_head, draw, run_outcomes
+from experiments.common.attention import AttentionOptions
+from experiments.common.compare import Task, check_drawn_head, draw, run_outcomes
 from experiments.common.options import (
-    AttentionOptions,
     ModelOptions,
     OutputOptions,
     PromptOptions,
@@ -49,7 +49,9 @@ def run_prompt(
     config.output.check_writable()
     config.attention.check_readable()
     model = load(config.model, progress)
-    attention = attention_of(config.attention, model)
+    attention = config.attention.build(
+        num_layers=model.config.num_layers, num_heads=model.config.num_heads
+    )
     check_drawn_head(config.output, model)
     tokens = encode(
         model,

@@ -9,9 +9,10 @@ from jaxtyping import Int
 from rich.console import Console
 
 import minference_jax as mj
+from experiments.common.attention import AttentionOptions
 from experiments.common.errors import UserError
 from experiments.common.measure import agreement
-from experiments.common.options import AttentionOptions, OutputOptions, SamplingOptions
+from experiments.common.options import OutputOptions, SamplingOptions
 from experiments.common.plotting import density_picture, mask_picture
 from experiments.common.report import Outcome
 from experiments.common.session import run_decode, run_prefill, visited_mask
@@ -37,16 +38,6 @@ class Task:
     chunk_size: int | None
     repeats: int
     keep_index: bool
-
-
-def attention_of(options: AttentionOptions, model: Model) -> Any:
-    """Returns the attention asked for; raises UserError if its patterns do not fit the model."""
-    if options.attention == "dense":
-        return mj.DenseAttention()
-    config = model.config
-    return mj.SparseAttention(
-        options.head_patterns(num_layers=config.num_layers, num_heads=config.num_heads)
-    )
 
 
 def check_drawn_head(output: OutputOptions, model: Model) -> None:

@@ -9,29 +9,13 @@ import jax
 import jax.numpy as jnp
 import tyro
 
-import minference_jax as mj
-from experiments.common.errors import UserError, check_writable, reported_as_user_error
-
-AttentionName = Literal[
-    "dense", "minference", "a_shape", "tri_shape", "vertical_slash", "block_sparse"
-]
+from experiments.common.errors import UserError, check_writable
 
 # Options that may be left out, without the `None` that tyro would show as a choice.
 OptionalInt = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
 OptionalFloat = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")]
 OptionalText = Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="")]
 OptionalPath = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
-
-# Budgets where the command line names none: those of the original project.
-VERTICAL_SLASH = mj.VerticalSlash(vertical_size=1000, slash_size=6096)
-DEFAULTS: dict[AttentionName, mj.Pattern] = {
-    "dense": mj.Dense(),
-    "minference": VERTICAL_SLASH,
-    "a_shape": mj.AShape(sink_size=128, window_size=1024),
-    "tri_shape": mj.TriShape(sink_size=128, window_size=3968, last_size=100),
-    "vertical_slash": VERTICAL_SLASH,
-    "block_sparse": mj.BlockSparse(num_blocks=100),
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -116,105 +100,6 @@ class PromptOptions:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AttentionOptions:
-    """Attention while the prompt is read.
-
-    Budgets left out take the pattern's default, in brackets. The attention `minference` without a
-    pattern file gives every head the vertical_slash pattern.
-    """
-
-    attention: AttentionName = "minference"
-    """One pattern for all heads; minference: each head's own, as --patterns says."""
-    patterns: OptionalPath = None
-    """Pattern file for minference: the original project's JSON, or this project's own format."""
-    vertical_size: OptionalInt = None
-    """Key columns kept (vertical_slash, minference: 1000)."""
-    slash_size: OptionalInt = None
-    """Diagonals kept (vertical_slash, minference: 6096)."""
-    sink_size: OptionalInt = None
-    """First keys every query sees (a_shape, tri_shape: 128; otherwise 30)."""
-    window_size: OptionalInt = None
-    """Nearest keys every query sees (a_shape: 1024, tri_shape: 3968; otherwise 100)."""
-    num_blocks: OptionalInt = None
-    """Blocks of 64 keys kept for each block of queries (block_sparse: 100)."""
-    last_size: OptionalInt = None
-    """Last queries that see everything (tri_shape: 100)."""
-
-    def __post_init__(self) -> None:
-        """Raises UserError for a budget that the attention does not have or cannot take."""
-        if self.patterns is not None and self.attention != "minference":
-            raise UserError(
-                f"--patterns belongs to --attention minference, got --attention {self.attention}"
-            )
-        if self.patterns is not None and self.budgets:
-            flags = ", ".join(map(_flag, self.budgets))
-            raise UserError(f"--patterns already sets every head's budget; remove {flags}")
-        own = [field.name for field in dataclasses.fields(DEFAULTS[self.attention])]
-        for name in self.budgets:
-            if name not in own:
-                have = ", ".join(map(_flag, own)) or "no budgets"
-                raise UserError(
-                    f"{_flag(name)} does not apply to --attention {self.attention}, "
-                    f"which has {have}"
-                )
-        self.uniform_pattern()
-
-    @property
-    def budgets(self) -> dict[str, int]:
-        """The budgets given on the command line."""
-        names = ("vertical_size", "slash_size", "sink_size", "window_size", "num_blocks")
-        values = {name: getattr(self, name) for name in (*names, "last_size")}
-        return {name: value for name, value in values.items() if value is not None}
-
-    def uniform_pattern(self) -> mj.Pattern:
-        """Returns the pattern of every head; raises UserError for a budget out of range."""
-        with reported_as_user_error(ValueError, TypeError):
-            return dataclasses.replace(DEFAULTS[self.attention], **self.budgets)
-
-    def check_readable(self) -> None:
-        """Raises UserError if the pattern file is not one; before a model is loaded for it."""
-        if self.patterns is not None:
-            self.load_patterns()
-
-    def load_patterns(self) -> mj.HeadPatterns:
-        """Returns the patterns of the file named; raises UserError if it is not one."""
-        if self.patterns is None:
-            raise UserError("no pattern file was named; give one with --patterns")
-        with reported_as_user_error(OSError, ValueError):
-            return mj.HeadPatterns.load(self.patterns)
-
-    def head_patterns(self, *, num_layers: int, num_heads: int) -> mj.HeadPatterns:
-        """Returns the pattern of each head of a model of this size.
-
-        Raises:
-            UserError: the pattern file cannot be read, or is for other layers or heads.
-        """
-        if self.patterns is None:
-            pattern = self.uniform_pattern()
-            return mj.HeadPatterns.uniform(pattern, num_layers=num_layers, num_heads=num_heads)
-        patterns = self.load_patterns()
-        if (patterns.num_layers, patterns.num_heads) != (num_layers, num_heads):
-            raise UserError(
-                f"{self.patterns} describes {patterns.num_layers} layers of {patterns.num_heads} "
-                f"heads, but the model has {num_layers} layers of {num_heads} heads; "
-                "use a pattern file made for this model"
-            )
-        return patterns
-
-    def describe(self) -> str:
-        """Returns the attention in words: the name, and the budgets or the file."""
-        if self.attention == "dense":
-            return "dense"
-        if self.patterns is not None:
-            return f"minference, patterns of {self.patterns.name}"
-        sizes = dataclasses.asdict(self.uniform_pattern())
-        budget = ", ".join(f"{name}={value}" for name, value in sizes.items())
-        if self.attention == "minference":
-            return f"minference without a pattern file: vertical_slash for every head ({budget})"
-        return f"{self.attention} ({budget})"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
     """How tokens are chosen."""
 
@@ -273,14 +158,15 @@ class OutputOptions:
             check_writable(self.record, folder=False)
 
 
-def _flag(name: str) -> str:
+def flag(name: str) -> str:
+    """Returns an option as it is written on the command line."""
     return "--" + name.replace("_", "-")
 
 
 def at_least(name: str, value: int | float | None, least: int) -> None:
     """Raises UserError for an option below its least value; None is an option left out."""
     if value is not None and value < least:
-        raise UserError(f"{_flag(name)} must be at least {least}, got {value}")
+        raise UserError(f"{flag(name)} must be at least {least}, got {value}")
 
 
 def _read_text(path: Path) -> str:

@@ -16,10 +16,10 @@ from typing import Annotated
 import tyro
 from rich.console import Console
 
+from experiments.common.attention import AttentionOptions
 from experiments.common.command import PromptCommand, run_prompt
 from experiments.common.errors import parse_reporting_errors, run_reporting_errors
 from experiments.common.options import (
-    AttentionOptions,
     ModelOptions,
     OptionalText,
     OutputOptions,

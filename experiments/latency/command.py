@@ -8,8 +8,9 @@ from typing import Any, Literal
 from rich.console import Console
 
 import minference_jax as mj
+from experiments.common.attention import AttentionOptions, read_patterns
 from experiments.common.errors import UserError, check_writable, reported_as_user_error
-from experiments.common.options import AttentionOptions, OptionalPath
+from experiments.common.options import OptionalPath
 from experiments.common.record import append_record, environment, read_records
 from experiments.latency.layer import LayerCase, table_layers
 from experiments.latency.lines import real_lines
@@ -169,19 +170,19 @@ class Latency:
 
     def _own_layer(self, num_heads: int, implementation: Implementation | None) -> LayerCase:
         name = self.attention.describe()
+        number = 0
         if self.attention.patterns is None:
-            pattern = self.attention.uniform_pattern()
-            patterns = mj.HeadPatterns.uniform(pattern, num_layers=1, num_heads=num_heads)
-            number = 0
+            attention = self.attention.build(num_layers=1, num_heads=num_heads)
         else:
-            patterns, number = self.attention.load_patterns(), self.pattern_layer
+            patterns, number = read_patterns(self.attention.patterns), self.pattern_layer
             name += f", layer {number}"
             if patterns.num_heads != num_heads or not 0 <= number < patterns.num_layers:
                 raise UserError(
                     f"{self.attention.patterns} describes {patterns.num_layers} layers of "
                     f"{patterns.num_heads} heads; layer {number} of {num_heads} heads was asked for"
                 )
-        attention = mj.SparseAttention(patterns, implementation=implementation).layer(number)
+            attention = mj.SparseAttention(patterns)
+        attention = dataclasses.replace(attention, implementation=implementation).layer(number)
         return LayerCase(name=name, attention=attention, split=True)
 
     def _show(self, rows: Rows, console: Console) -> None:

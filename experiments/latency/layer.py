@@ -34,12 +34,14 @@ class LayerCase:
     """
 
     name: str
-    attention: mj.SparseAttention
+    attention: mj.SparseAttention | mj.AdaptiveAttention
     split: bool
 
     @property
     def estimates(self) -> bool:
-        """Whether the index needs the last queries' scores."""
+        """Whether the last queries' scores are all that the index is estimated from."""
+        if isinstance(self.attention, mj.AdaptiveAttention):
+            return False
         return bool(np.any(np.asarray(self.attention.patterns.kind) == Kind.VERTICAL_SLASH))
 
 
@@ -131,6 +133,8 @@ def _attend(attention, q, k, v):
 
 
 def _index(attention, q, k, v):
+    if isinstance(attention, mj.AdaptiveAttention):
+        return attention.estimate(q, k)
     # The compiler drops the attention, whose output is not used, outside of a conditional.
     return dataclasses.replace(attention, break_even=0).attend(q, k, v)[1]
 

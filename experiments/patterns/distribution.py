@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 import minference_jax as mj
-from experiments.common.errors import reported_as_user_error
+from experiments.common.attention import read_patterns
 from experiments.common.plotting import new_figure, save
 from experiments.patterns.options import Analysis
 from experiments.search.report import label
@@ -28,30 +28,31 @@ _COLOURS = 12
 class Distribution(Analysis):
     """Which patterns, with which sizes, a pattern file gives to how many heads of each layer."""
 
-    patterns: Annotated[Path, tyro.conf.arg(metavar="PATH")]
-    """Pattern file: the original project's JSON, or this project's own format."""
+    patterns: Annotated[str, tyro.conf.arg(metavar="NAME_OR_FILE")]
+    """The name of shipped patterns, or a file (this project's own format, or the original
+    project's JSON)."""
 
     def run(self) -> None:
         """Runs the analysis; raises UserError if the file is no pattern file."""
-        with reported_as_user_error(OSError, ValueError):
-            patterns = mj.HeadPatterns.load(self.patterns)
+        patterns = read_patterns(self.patterns)
+        title = Path(self.patterns).name.removesuffix(".json")  # names of models have dots
         self.check_writable()
         console = Console()
         labels, number = distribution(patterns)
         counts = np.bincount(number.ravel(), minlength=len(labels))
-        table = Table(title=f"{self.patterns.stem}: {number.shape[0]} layers, {number.size} heads")
+        table = Table(title=f"{title}: {number.shape[0]} layers, {number.size} heads")
         for name in ("pattern", "heads", "share", "layers"):
             table.add_column(name, justify="left" if name == "pattern" else "right")
         layers = [int(np.sum(np.any(number == at, axis=1))) for at in range(len(labels))]
         for name, count, within in zip(labels, counts, layers, strict=True):
             table.add_row(name, str(count), f"{count / number.size:.1%}", str(within))
         console.print(table)
-        picture = _picture(labels, number, self.patterns.stem, self.output)
+        picture = _picture(labels, number, title, self.output)
         rows = [
             {"pattern": name, "heads": int(count), "by_layer": np.sum(number == at, axis=1)}
             for at, (name, count) in enumerate(zip(labels, counts, strict=True))
         ]
-        result = {"file": self.patterns.name, "patterns": rows}
+        result = {"file": Path(self.patterns).name, "patterns": rows}
         self.keep(console, "distribution", result, picture)
 
 

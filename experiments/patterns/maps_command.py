@@ -14,9 +14,10 @@ from matplotlib.ticker import EngFormatter
 from rich.console import Console
 
 import minference_jax as mj
+from experiments.common.attention import AttentionOptions
 from experiments.common.errors import UserError
 from experiments.common.measure import stage
-from experiments.common.options import AttentionOptions, at_least
+from experiments.common.options import at_least
 from experiments.common.plotting import new_figure, save
 from experiments.patterns.maps import HeadMap, head_map
 from experiments.patterns.options import PromptAnalysis
@@ -58,8 +59,8 @@ class Maps(PromptAnalysis):
             raise UserError(
                 f"--heads must be below {layers} layers and {heads} heads, got {self.heads}"
             )
-        patterns = self.attention.head_patterns(num_layers=layers, num_heads=heads)
-        attention, length = mj.SparseAttention(patterns), min(map(len, tokens))
+        attention = self.attention.build(num_layers=layers, num_heads=heads)
+        length = min(map(len, tokens))
         step = -(-length // self.cells)
         wanted = sorted({layer for layer, _ in self.heads})
         build = jax.jit(lambda attention, x: attention.attend(x.q, x.k, x.v)[1])
@@ -76,7 +77,7 @@ class Maps(PromptAnalysis):
                     row = {
                         "layer": layer,
                         "head": head,
-                        "pattern": label(patterns.pattern(layer, head)),
+                        "pattern": self._pattern(attention, layer, head),
                         "visited": [float(share[head]) for share in shares],
                         "recall": [float(x.recall) for x in maps],
                     }
@@ -89,6 +90,11 @@ class Maps(PromptAnalysis):
             console.print(f"{_title(row)}: attention inside {kept}", highlight=False)
         result = self.about(tokens, wanted) | {"seconds": reading.seconds, "heads": rows}
         self.keep(console, "maps", result, *pictures)
+
+    def _pattern(self, attention: Any, layer: int, head: int) -> str:
+        if isinstance(attention, mj.SparseAttention):
+            return label(attention.patterns.pattern(layer, head))
+        return self.attention.attention
 
 
 def _title(row: dict[str, Any]) -> str:

@@ -156,7 +156,7 @@ def test_misuse_is_explained():
         call(attention(mj.BlockThreshold(jnp.ones(3))))
     with pytest.raises(ValueError, match="is for 4 lists, but there are 2"):
         call(attention(mj.BlockThreshold(jnp.ones(4)), shared=True))
-    with pytest.raises(ValueError, match="one layer.*`for_layers`"):
+    with pytest.raises(ValueError, match=r"one layer.*`for_layers`"):
         attention(plain).layer(0)
     with pytest.raises(ValueError, match="layer 2 of an attention with 2 layers"):
         attention(plain).for_layers(2).layer(2)

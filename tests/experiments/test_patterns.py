@@ -247,6 +247,15 @@ def test_maps_command(run):
     assert pictures == ["map_layer1_head0.png", "map_layer1_head3.png"]
 
 
+def test_maps_of_the_recommended_attention(run):
+    result, pictures = run("maps", "--heads", "1", "3")
+    [head] = result["heads"]
+    assert head["pattern"] == "minference"
+    # At 300 tokens its columns would cost more than all keys, so it visits them.
+    assert (head["visited"], head["recall"]) == ([1.0], [pytest.approx(1.0, abs=1e-5)])
+    assert pictures == ["map_layer1_head3.png"]
+
+
 def test_sparsity_command(run):
     small = ["--vertical-slash", "2", "120", "--a-shape", "2", "16", "--block-sparse", "2"]
     result, pictures = run(

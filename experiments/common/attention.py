@@ -1,0 +1,151 @@
+"""The attention that the command line asks for."""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+import minference_jax as mj
+from experiments.common.errors import UserError, reported_as_user_error
+from experiments.common.options import OptionalInt, flag
+from minference_jax.adaptive import RECOMMENDED
+
+AttentionName = Literal[
+    "dense", "minference", "a_shape", "tri_shape", "vertical_slash", "block_sparse"
+]
+
+# Budgets where the command line names none: those of the original project.
+VERTICAL_SLASH = mj.VerticalSlash(vertical_size=1000, slash_size=6096)
+DEFAULTS: dict[AttentionName, mj.Pattern] = {
+    "dense": mj.Dense(),
+    "minference": VERTICAL_SLASH,
+    "a_shape": mj.AShape(sink_size=128, window_size=1024),
+    "tri_shape": mj.TriShape(sink_size=128, window_size=3968, last_size=100),
+    "vertical_slash": VERTICAL_SLASH,
+    "block_sparse": mj.BlockSparse(num_blocks=100),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AttentionOptions:
+    """Attention while the prompt is read.
+
+    The attention `minference` gives each head its own pattern from --patterns; without --patterns
+    it finds blocks and columns for each prompt (the recommended adaptive attention), or gives every
+    head the vertical_slash pattern where one of its budgets is set. Budgets left out take the
+    pattern's default, in brackets.
+    """
+
+    attention: AttentionName = "minference"
+    """One pattern for all heads; minference: see above."""
+    patterns: Annotated[
+        str | None, tyro.conf.arg(metavar="NAME_OR_FILE", help_behavior_hint="")
+    ] = None
+    """Patterns for minference: the name of shipped ones, or a file (this project's own format, or
+    the original project's JSON)."""
+    vertical_size: OptionalInt = None
+    """Key columns kept (vertical_slash, minference: 1000)."""
+    slash_size: OptionalInt = None
+    """Diagonals kept (vertical_slash, minference: 6096)."""
+    sink_size: OptionalInt = None
+    """First keys every query sees (a_shape, tri_shape: 128; otherwise 30)."""
+    window_size: OptionalInt = None
+    """Nearest keys every query sees (a_shape: 1024, tri_shape: 3968; otherwise 100)."""
+    num_blocks: OptionalInt = None
+    """Blocks of 64 keys kept for each block of queries (block_sparse: 100)."""
+    last_size: OptionalInt = None
+    """Last queries that see everything (tri_shape: 100)."""
+
+    def __post_init__(self) -> None:
+        """Raises UserError for a budget that the attention does not have or cannot take."""
+        if self.patterns is not None and self.attention != "minference":
+            raise UserError(
+                f"--patterns belongs to --attention minference, got --attention {self.attention}"
+            )
+        if self.patterns is not None and self.budgets:
+            flags = ", ".join(map(flag, self.budgets))
+            raise UserError(f"--patterns already sets every head's budget; remove {flags}")
+        own = [field.name for field in dataclasses.fields(DEFAULTS[self.attention])]
+        for name in self.budgets:
+            if name not in own:
+                have = ", ".join(map(flag, own)) or "no budgets"
+                raise UserError(
+                    f"{flag(name)} does not apply to --attention {self.attention}, which has {have}"
+                )
+        self.uniform_pattern()
+
+    @property
+    def budgets(self) -> dict[str, int]:
+        """The budgets given on the command line."""
+        names = ("vertical_size", "slash_size", "sink_size", "window_size", "num_blocks")
+        values = {name: getattr(self, name) for name in (*names, "last_size")}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def uniform_pattern(self) -> mj.Pattern:
+        """Returns the pattern of every head; raises UserError for a budget out of range."""
+        with reported_as_user_error(ValueError, TypeError):
+            return dataclasses.replace(DEFAULTS[self.attention], **self.budgets)
+
+    def check_readable(self) -> None:
+        """Raises UserError if there are no such patterns; before a model is loaded for them."""
+        if self.patterns is not None:
+            read_patterns(self.patterns)
+
+    def build(self, *, num_layers: int, num_heads: int) -> Any:
+        """Returns the attention of a model of this size.
+
+        Raises:
+            UserError: the patterns cannot be read, or are for other layers or heads.
+        """
+        if self.attention == "dense":
+            return mj.DenseAttention()
+        if self.patterns is not None:
+            patterns = read_patterns(self.patterns)
+            if (patterns.num_layers, patterns.num_heads) != (num_layers, num_heads):
+                raise UserError(
+                    f"{self.patterns} describes {patterns.num_layers} layers of "
+                    f"{patterns.num_heads} heads, but the model has {num_layers} layers of "
+                    f"{num_heads} heads; use patterns made for this model"
+                )
+            return mj.SparseAttention(patterns)
+        if self._adaptive:
+            return mj.recommended_attention(num_layers)
+        pattern = self.uniform_pattern()
+        return mj.SparseAttention(
+            mj.HeadPatterns.uniform(pattern, num_layers=num_layers, num_heads=num_heads)
+        )
+
+    @property
+    def _adaptive(self) -> bool:
+        return self.attention == "minference" and self.patterns is None and not self.budgets
+
+    def describe(self) -> str:
+        """Returns the attention in words: the name, and the budgets or the file."""
+        if self.attention == "dense":
+            return "dense"
+        if self.patterns is not None:
+            return f"minference, patterns of {Path(self.patterns).name}"
+        if self._adaptive:
+            return f"minference without patterns: adaptive, {RECOMMENDED}"
+        sizes = dataclasses.asdict(self.uniform_pattern())
+        budget = ", ".join(f"{name}={value}" for name, value in sizes.items())
+        if self.attention == "minference":
+            return f"minference without patterns: vertical_slash for every head ({budget})"
+        return f"{self.attention} ({budget})"
+
+
+def read_patterns(name: str) -> mj.HeadPatterns:
+    """Returns the patterns that are shipped under a name, or else those of a file.
+
+    Raises:
+        UserError: there are none, or the file is no pattern file.
+    """
+    shipped = mj.shipped_patterns()
+    if name not in shipped and not Path(name).is_file():
+        raise UserError(
+            f"--patterns: there is no pattern file {name}, and none of this name is shipped; "
+            f"shipped are: {', '.join(shipped) or 'none'}"
+        )
+    with reported_as_user_error(OSError, ValueError):
+        return mj.load_shipped(name) if name in shipped else mj.HeadPatterns.load(name)

@@ -1,0 +1,84 @@
+"""Which attention the options ask for, and that what an adaptive one visited can be drawn."""
+
+import functools
+import io
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+
+import minference_jax as mj
+from experiments.common.attention import AttentionOptions
+from experiments.common.options import ModelOptions
+from experiments.common.session import load, run_prefill, visited_mask
+from experiments.latency.command import Latency
+from experiments.latency.layer import index_shapes
+from minference_jax.adaptive import RECOMMENDED
+
+SIZE = {"num_layers": 2, "num_heads": 4}
+
+
+def test_minference_alone_is_the_recommended_adaptive_attention():
+    options = AttentionOptions()
+    built = options.build(**SIZE)
+    assert isinstance(built, mj.AdaptiveAttention)
+    leaves = zip(jax.tree.leaves(built), jax.tree.leaves(RECOMMENDED), strict=True)
+    for leaf, number in leaves:
+        np.testing.assert_array_equal(leaf, np.full((2, 1), number, leaf.dtype))
+    assert f"alpha={RECOMMENDED.blocks.alpha}" in options.describe()
+    assert f"num_columns={RECOMMENDED.num_columns}" in options.describe()
+
+
+def test_minference_with_a_budget_of_lines_is_vertical_slash():
+    options = AttentionOptions(slash_size=200)
+    pattern = mj.VerticalSlash(vertical_size=1000, slash_size=200)
+    assert options.build(**SIZE).patterns.grid() == [[pattern] * 4] * 2
+    assert "vertical_slash for every head" in options.describe()
+    assert "slash_size=200" in options.describe()
+
+
+def test_shipped_patterns_are_named_and_files_still_reached(tmp_path, monkeypatch):
+    shipped = tmp_path / "shipped"
+    shipped.mkdir()
+    for path, size in ((shipped / "tiny-1.5b.json", 64), (tmp_path / "tiny-1.5b", 32)):
+        pattern = mj.AShape(sink_size=8, window_size=size)
+        mj.HeadPatterns.uniform(pattern, **SIZE).save(path)
+    for name in ("shipped_patterns", "load_shipped"):
+        monkeypatch.setattr(mj, name, functools.partial(getattr(mj, name), folder=shipped))
+    monkeypatch.chdir(tmp_path)
+    for asked, size in (("tiny-1.5b", 64), ("./tiny-1.5b", 32)):
+        options = AttentionOptions(patterns=asked)
+        options.check_readable()
+        built = options.build(**SIZE)
+        assert isinstance(built, mj.SparseAttention)
+        assert built.patterns.pattern(1, 3) == mj.AShape(sink_size=8, window_size=size)
+        assert options.describe() == "minference, patterns of tiny-1.5b"
+
+
+def test_latency_times_the_recommended_layer_too():
+    case = Latency()._own_layer(4, None)
+    assert isinstance(case.attention, mj.AdaptiveAttention)
+    shape = lambda heads: jax.ShapeDtypeStruct((1, 3000, heads, 16), np.float32)
+    index = index_shapes(case, shape(4), shape(2), shape(2))
+    assert index.columns.shape == (1, 4, RECOMMENDED.max_columns)
+
+
+def test_what_an_adaptive_attention_visited_is_counted_and_drawn(tiny_model):
+    quiet = Console(file=io.StringIO())
+    model = load(ModelOptions(model=tiny_model, rope_scaling="linear:8"), quiet)
+    length = 250
+    tokens = (3 + np.arange(length) ** 2 % 50).astype(np.int32)[None, :]
+    blocks = mj.BlockThreshold(alpha=0.9, sink_blocks=1, local_blocks=1)
+    attention = mj.AdaptiveAttention(mj.WithColumns(blocks, 5), mj.Layout(block_q=32, block_kv=16))
+    run = run_prefill(
+        model, tokens, attention.for_layers(2), name="adaptive", console=quiet, chunk_size=120,
+        keep_index=True,
+    )  # fmt: skip
+    causal = np.tri(length, dtype=bool)
+    for layer, head in ((0, 1), (1, 3)):
+        mask = visited_mask(run, layer=layer, head=head, length=length)
+        assert not np.any(mask & ~causal)
+        share = mask.sum() / causal.sum()
+        assert share < 0.8
+        assert run.density[layer, head] == pytest.approx(share)
