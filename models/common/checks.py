@@ -3,9 +3,11 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from minference_jax import AdaptiveAttention, IndexedAttention, SparseAttention
 from models.common.cache import KVCache
 from models.common.config import DecoderConfig, DynamicNTKScaling
 
@@ -52,16 +54,26 @@ def check_context(length: int, config: DecoderConfig) -> None:
 
 def check_attention(attention_fn: Any, num_layers: int) -> None:
     """Raises when `attention_fn` is no pytree of arrays with a leading `[layers]` axis."""
+    # The arrays of these are for heads, so without layers they have one axis or none.
+    of_heads = isinstance(attention_fn, (AdaptiveAttention, IndexedAttention, SparseAttention))
     for path, leaf in jax.tree_util.tree_leaves_with_path(attention_fn):
         name = f"`attention_fn`{jax.tree_util.keystr(path)}"
-        if not hasattr(leaf, "shape"):
+        if callable(leaf):
             raise TypeError(
                 f"{name} must be an array, got {type(leaf).__name__}; an attention is a pytree: "
                 "wrap a plain function in `jax.tree_util.Partial`"
             )
-        if leaf.ndim < 1 or leaf.shape[0] != num_layers:
+        shape = jnp.shape(leaf)
+        if of_heads and len(shape) < 2:
+            adaptive = isinstance(attention_fn, AdaptiveAttention)
+            advice = f": `attention.for_layers({num_layers})`" if adaptive else ""
             raise ValueError(
-                f"{name} has shape {leaf.shape}, but the model has {num_layers} layers and needs a "
+                f"{name} has shape {shape}, so this is the attention of one layer; pass one for "
+                f"all {num_layers} layers of the model{advice}"
+            )
+        if not shape or shape[0] != num_layers:
+            raise ValueError(
+                f"{name} has shape {shape}, but the model has {num_layers} layers and needs a "
                 "leading axis of that size: were these patterns made for another model?"
             )
 

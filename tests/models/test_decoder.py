@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from minference_jax import DenseAttention
+import minference_jax as mj
 from models.common import layers
 from models.common.capture import capture_qkv
 from models.common.decoder import abstract_params, decode_step, forward, init_params, prefill
@@ -15,7 +15,7 @@ from models.common.layers import map_rows
 from models.common.passes import run_decode_step, run_prefill
 from tests.models.tiny import CONFIG, ScaledQueries, random_tokens, tiny_params
 
-DENSE = DenseAttention()
+DENSE = mj.DenseAttention()
 
 
 def close(got, want, atol=2e-5):
@@ -240,6 +240,31 @@ TOKENS = random_tokens(2, 6)
         ),
         pytest.param(
             {"attention_fn": ScaledQueries(jnp.ones(5))}, "3 layers", id="wrong-layer-count"
+        ),
+        pytest.param(
+            {"attention_fn": mj.AdaptiveAttention(mj.BlockThreshold(0.1))},
+            r"alpha has shape \(\), so this is .* one layer.*`attention\.for_layers\(3\)`",
+            id="adaptive-without-layers",
+        ),
+        pytest.param(
+            # As many heads as layers: no shape but the number of axes tells.
+            {"attention_fn": mj.AdaptiveAttention(mj.BlockThreshold(np.ones(3)))},
+            r"alpha has shape \(3,\), so .*`attention\.for_layers\(3\)`",
+            id="adaptive-heads-as-layers",
+        ),
+        pytest.param(
+            {"attention_fn": mj.AdaptiveAttention(mj.BlockThreshold(0.1)).for_layers(2)},
+            r"shape \(2, 1\), but the model has 3 layers",
+            id="adaptive-other-layers",
+        ),
+        pytest.param(
+            {
+                "attention_fn": mj.SparseAttention(
+                    mj.HeadPatterns.uniform(mj.Dense(), num_layers=2, num_heads=3)
+                ).layer(0)
+            },
+            "one layer; pass one for all 3 layers of the model$",
+            id="layer-of-patterns",
         ),
     ],
 )
