@@ -8,9 +8,12 @@ import time
 from collections.abc import Iterator
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 from rich.console import Console
+
+from minference_jax.metrics import next_token_kl, top1_agreement
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,13 +34,13 @@ class Agreement:
 def agreement(
     dense_logits: Float[np.ndarray, " vocab"], logits: Float[np.ndarray, " vocab"]
 ) -> Agreement:
-    """Compares two next-token distributions given by their logits, in double precision."""
-    dense, other = _log_softmax(dense_logits), _log_softmax(logits)
-    p, q = np.exp(dense), np.exp(other)
+    """Compares two next-token distributions given by their logits."""
+    dense, other = jnp.asarray(dense_logits), jnp.asarray(logits)
+    difference = jax.nn.softmax(dense) - jax.nn.softmax(other)
     return Agreement(
-        top1_equal=bool(dense.argmax() == other.argmax()),
-        kl=float(max(0.0, np.sum(p * (dense - other)))),
-        total_variation=float(np.abs(p - q).sum() / 2),
+        top1_equal=bool(top1_agreement(other, dense)),
+        kl=float(next_token_kl(other, dense)),
+        total_variation=float(jnp.sum(jnp.abs(difference)) / 2),
     )
 
 
@@ -66,8 +69,3 @@ def stage(console: Console, doing: str) -> Iterator[Stage]:
         yield step
         step.seconds = time.perf_counter() - start
     console.print(f"{doing}: {step.seconds:.1f} s", highlight=False, soft_wrap=True)
-
-
-def _log_softmax(logits: Float[np.ndarray, " vocab"]) -> Float[np.ndarray, " vocab"]:
-    shifted = logits.astype(np.float64) - logits.max()
-    return shifted - np.log(np.exp(shifted).sum())
