@@ -17,14 +17,8 @@ from minference_jax.types import AttentionFn
 from models.common.cache import KVCache
 from models.common.checks import check_attention, check_prompt
 from models.common.config import DecoderConfig
-from models.common.passes import (
-    Observe,
-    Params,
-    run_embedding,
-    run_hidden,
-    run_layer,
-    run_logits,
-)
+from models.common.passes import Observe, run_embedding, run_hidden, run_logits
+from models.common.stack import Params, run_layer
 
 
 class QKV(NamedTuple):

@@ -25,7 +25,8 @@ from models.common.cache import KVCache
 from models.common.checks import check_attention, check_cache_room, check_prompt
 from models.common.config import DecoderConfig
 from models.common.layers import DecoderLayer, Ends
-from models.common.passes import Observe, Params, run_decode_step, run_forward, run_prefill
+from models.common.passes import Observe, run_decode_step, run_forward, run_prefill
+from models.common.stack import Params
 
 
 def abstract_params(config: DecoderConfig, dtype: Any) -> Params:

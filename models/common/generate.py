@@ -12,7 +12,8 @@ from jaxtyping import Array, Bool, Float, Int
 from minference_jax.types import AttentionFn
 from models.common.checks import check_attention, check_context, check_prompt, is_concrete
 from models.common.config import DecoderConfig
-from models.common.passes import Params, run_decode_step, run_prefill
+from models.common.passes import run_decode_step, run_prefill
+from models.common.stack import Params
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

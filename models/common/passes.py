@@ -1,11 +1,11 @@
 """The compiled passes behind `models.common.decoder`: whole, in chunks, and one token at a time.
 
-`run_embedding` and `run_layer` are for `models.common.capture`, which goes layer by layer, and
-`run_hidden` and `run_logits` for the rows that it keeps.
+`run_embedding` is for `models.common.capture`, which goes layer by layer, and `run_hidden` and
+`run_logits` for the rows that it keeps.
 
-Callers have checked the arguments. Each pass scans the layers once, with the attention's array
-leaves next to the parameters, and differs in what `attend` does with a layer's queries, keys and
-values.
+Callers have checked the arguments. Each pass scans the layers once (`models.common.stack`), with
+the attention's array leaves next to the parameters, and differs in what `attend` does with a
+layer's queries, keys and values.
 """
 
 import functools
@@ -14,28 +14,25 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from models.common.cache import KVCache, attend_cached
-from models.common.config import DecoderConfig
-from models.common.layers import DecoderLayer, Ends
 from models.common.rope import rotation_tables
+from models.common.stack import ends_of, rotations, scan_layers
 
-Params = dict[str, Any]
 Observe = Callable[..., tuple[Array, Any]]
 
 
 @functools.partial(jax.jit, static_argnames="config")
 def run_forward(params, tokens, lengths, rope_length, *, config, attention_fn):
     """Computes the logits of every position; see `models.common.decoder.forward`."""
-    ends = _ends(params, config)
-    cos, sin = _tables(tokens.shape, 0, rope_length, config)
+    ends = ends_of(params, config)
+    cos, sin = rotations(tokens.shape, 0, rope_length, config)
 
     def attend(attention, q, k, v, layer, state):
         return attention(q, k, v, lengths=lengths, q_offset=None), state, None
 
-    x, _, _ = _scan_layers(
+    x, _, _ = scan_layers(
         params, ends.embed(tokens), cos, sin, attention_fn, attend, None, config=config
     )
     return ends.logits(x)
@@ -69,7 +66,7 @@ def run_prefill(
         lengths=lengths.astype(jnp.int32),
         rope_length=rope_length.astype(jnp.int32),
     )
-    return _ends(params, config).logits(last), cache, observed
+    return ends_of(params, config).logits(last), cache, observed
 
 
 @functools.partial(jax.jit, static_argnames=("config", "rows", "capacity", "observe"))
@@ -86,7 +83,7 @@ def run_hidden(params, tokens, rope_length, *, config, attention_fn, rows, capac
 @functools.partial(jax.jit, static_argnames="config")
 def run_logits(params, x, *, config):
     """Computes fp32 logits of rows of the stream behind the layers."""
-    return _ends(params, config).logits(x)
+    return ends_of(params, config).logits(x)
 
 
 def _read_whole(params, tokens, lengths, rope_length, *, config, attention_fn, capacity, observe):
@@ -101,15 +98,15 @@ def _read_whole(params, tokens, lengths, rope_length, *, config, attention_fn, c
 
 def _stream_whole(params, tokens, lengths, rope_length, *, config, attention_fn, capacity, observe):
     """The residual stream behind the layers; the cache leaves their scan as its stacked output."""
-    cos, sin = _tables(tokens.shape, 0, rope_length, config)
+    cos, sin = rotations(tokens.shape, 0, rope_length, config)
     room = ((0, 0), (0, capacity - tokens.shape[1]), (0, 0), (0, 0))
 
     def attend(attention, q, k, v, layer, state):
         out, seen = observe(attention, q, k, v, lengths=lengths, q_offset=None)
         return out, state, (jnp.pad(k, room), jnp.pad(v, room), seen)
 
-    x = _ends(params, config).embed(tokens)
-    x, _, (keys, values, observed) = _scan_layers(
+    x = ends_of(params, config).embed(tokens)
+    x, _, (keys, values, observed) = scan_layers(
         params, x, cos, sin, attention_fn, attend, None, config=config
     )
     return x, keys, values, observed
@@ -125,7 +122,7 @@ def _read_chunks(
     num_chunks = -(-length // chunk_size)
     padded = num_chunks * chunk_size
     chunks = jnp.pad(tokens, ((0, 0), (0, padded - length))).reshape(batch, num_chunks, chunk_size)
-    ends = _ends(params, config)
+    ends = ends_of(params, config)
     dtype = ends.embed.embedding.dtype
     # The last chunk is written whole, so the cache has room for its padding meanwhile.
     room = (config.num_layers, batch, max(capacity, padded), config.num_kv_heads, config.head_dim)
@@ -134,7 +131,7 @@ def _read_chunks(
         keys, values, last = carry
         tokens, q_offset = chunk
         real = jnp.minimum(lengths, q_offset + chunk_size)
-        cos, sin = _tables(tokens.shape, q_offset, rope_length, config)
+        cos, sin = rotations(tokens.shape, q_offset, rope_length, config)
 
         def attend(attention, q, k, v, layer, state):
             start = (layer, 0, q_offset, 0, 0)
@@ -147,7 +144,7 @@ def _read_chunks(
             out, seen = observe(attention, q, k, v, lengths=real, q_offset=q_offset)
             return out, state, seen
 
-        x, (keys, values), seen = _scan_layers(
+        x, (keys, values), seen = scan_layers(
             params, ends.embed(tokens), cos, sin, attention_fn, attend, (keys, values),
             config=config,
         )  # fmt: skip
@@ -172,7 +169,7 @@ def _read_chunks(
 @functools.partial(jax.jit, static_argnames="config")
 def run_decode_step(params, token, cache, *, config):
     """Reads one token of each row; see `models.common.decoder.decode_step`."""
-    ends = _ends(params, config)
+    ends = ends_of(params, config)
     positions = cache.lengths[:, None]
     cos, sin = rotation_tables(config.rope, positions, cache.rope_length)
     rows = jnp.arange(token.shape[0])
@@ -186,7 +183,7 @@ def run_decode_step(params, token, cache, *, config):
         k, v = jax.tree.map(lambda store: store[layer], state)
         return attend_cached(q, k, v, cache.lengths + 1), state, None
 
-    x, (keys, values), _ = _scan_layers(
+    x, (keys, values), _ = scan_layers(
         params, ends.embed(token[:, None]), cos, sin, (), attend, (cache.keys, cache.values),
         config=config,
     )  # fmt: skip
@@ -198,65 +195,7 @@ def run_decode_step(params, token, cache, *, config):
 @functools.partial(jax.jit, static_argnames="config")
 def run_embedding(params, tokens, *, config):
     """Computes the residual stream before the first layer."""
-    return _ends(params, config).embed(tokens)
-
-
-def run_layer(params, layer, x, rope_length, *, config, attend):
-    """Computes one layer of a whole prompt around `attend(q, k, v) -> (out, anything)`.
-
-    Returns:
-        The residual stream after it, and `anything`.
-    """
-    cos, sin = _tables(x.shape[:2], 0, rope_length, config)
-    own = jax.tree.map(lambda leaf: leaf[layer], params["layers"])
-    return nnx.merge(_layer_graph(config, x.dtype), own)(x, cos, sin, attend)
-
-
-def _scan_layers(params, x, cos, sin, attention_fn, attend, state, *, config):
-    """Runs all layers: `attend(attention, q, k, v, layer, state) -> (out, state, output)`.
-
-    Returns:
-        The residual stream, the final state, and `output` stacked over layers.
-    """
-    graph = _layer_graph(config, x.dtype)
-
-    def body(carry, layer):
-        x, state = carry
-        layer_params, attention, index = layer
-
-        def call(q, k, v):
-            out, new_state, output = attend(attention, q, k, v, index, state)
-            return out, (new_state, output)
-
-        x, (state, output) = nnx.merge(graph, layer_params)(x, cos, sin, call)
-        return (x, state), output
-
-    layers = (params["layers"], attention_fn, jnp.arange(config.num_layers, dtype=jnp.int32))
-    (x, state), outputs = jax.lax.scan(body, (x, state), layers)
-    return x, state, outputs
-
-
-@functools.cache
-def _layer_graph(config: DecoderConfig, dtype: jnp.dtype):
-    layer = nnx.eval_shape(lambda: DecoderLayer(config, dtype=dtype, rngs=nnx.Rngs(0)))
-    return nnx.split(layer)[0]
-
-
-@functools.cache
-def _ends_graph(config: DecoderConfig, dtype: jnp.dtype):
-    # Not only shapes: an `nnx.Embed` keeps the dtype it was made with as that of its output.
-    ends = nnx.eval_shape(lambda: Ends(config, dtype=dtype, rngs=nnx.Rngs(0)))
-    return nnx.split(ends)[0]
-
-
-def _ends(params: Params, config: DecoderConfig) -> Ends:
-    graph = _ends_graph(config, params["embed"]["embedding"].dtype)
-    return nnx.merge(graph, {name: leaf for name, leaf in params.items() if name != "layers"})
-
-
-def _tables(shape, q_offset, rope_length, config):
-    positions = jnp.broadcast_to(q_offset + jnp.arange(shape[1], dtype=jnp.int32)[None, :], shape)
-    return rotation_tables(config.rope, positions, rope_length)
+    return ends_of(params, config).embed(tokens)
 
 
 def _row_at(x: Float[Array, "batch s embed"], row: Int[Array, " batch"]) -> Array:
