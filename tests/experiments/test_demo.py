@@ -33,7 +33,14 @@ def test_missing_package_says_how_to_get_it(monkeypatch):
         packaged_model()
 
 
-def test_prompt_that_does_not_fit_a_given_model_is_told(tiny_model, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "attention",
+    [
+        pytest.param([], id="recommended"),
+        pytest.param(["--attention", "vertical_slash", "--slash-size", "128"], id="asked-for"),
+    ],
+)
+def test_prompt_that_does_not_fit_a_given_model_is_told(tiny_model, tmp_path, capsys, attention):
     # A chapter is beyond the tiny model's context, which ends the demo before it runs.
-    assert main(["--model", tiny_model, "--output", str(tmp_path)]) == 2
+    assert main(["--model", tiny_model, "--output", str(tmp_path), *attention]) == 2
     assert "context" in capsys.readouterr().err
