@@ -31,14 +31,13 @@ DEFAULTS: dict[AttentionName, mj.Pattern] = {
 class AttentionOptions:
     """Attention while the prompt is read.
 
-    The attention `minference` gives each head its own pattern from --patterns; without --patterns
-    it finds blocks and columns for each prompt (the recommended adaptive attention), or gives every
-    head the vertical_slash pattern where one of its budgets is set. Budgets left out take the
-    pattern's default, in brackets.
+    Budgets left out take the pattern's default, in brackets. With `minference` and one of the
+    budgets of vertical_slash, every head has that pattern.
     """
 
     attention: AttentionName = "minference"
-    """One pattern for all heads; minference: see above."""
+    """One pattern for all heads; minference: each head's own, as --patterns says, or without it
+    blocks and columns that are found for each prompt (the recommended adaptive attention)."""
     patterns: Annotated[
         str | None, tyro.conf.arg(metavar="NAME_OR_FILE", help_behavior_hint="")
     ] = None
