@@ -143,7 +143,7 @@ def read_patterns(name: str) -> mj.HeadPatterns:
     shipped = mj.shipped_patterns()
     if name not in shipped and not Path(name).is_file():
         raise UserError(
-            f"--patterns: there is no pattern file {name}, and none of this name is shipped; "
+            f"--patterns: no pattern file at {name}, and none of this name is shipped; "
             f"shipped are: {', '.join(shipped) or 'none'}"
         )
     with reported_as_user_error(OSError, ValueError):

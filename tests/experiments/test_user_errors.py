@@ -65,7 +65,7 @@ def told(capsys, *argv):
         ),
         pytest.param(
             ["prefill", "--model", "x", "--prompt", "a", "--patterns", "none.json"],
-            "no pattern file none.json, and none of this name is shipped; shipped are:",
+            "no pattern file at none.json, and none of this name is shipped; shipped are:",
             id="missing-patterns",
         ),
         pytest.param(
