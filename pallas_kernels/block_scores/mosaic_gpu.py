@@ -136,7 +136,9 @@ def _launch(q, means, visible, width):
                 free=plgpu.Barrier(num_arrivals=_WORKERS, num_barriers=_STAGES),
             )
         ),
-        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
+        ),
         kernel_name="block_scores",
     )
     groups = visible.reshape(batch, -1, _ROWS)
@@ -154,13 +156,14 @@ def _kernel(q_ref, means_ref, visible_ref, bounds_ref, out_ref, *, scratch, widt
     # Later blocks usually see more: longest first.
     block = bounds_ref.shape[1] // _WORKERS - 1 - lax.axis_index("block")
     groups = [block * _WORKERS + i for i in range(_WORKERS)]
-    total = functools.reduce(jnp.maximum, [bounds_ref[batch, group, 1] for group in groups])
+    # Read in each branch: a number that lives across both costs a spill.
+    total = lambda: functools.reduce(jnp.maximum, [bounds_ref[batch, i, 1] for i in groups])
     warpgroup = lax.axis_index("warpgroup")
 
     @pl.when(warpgroup == _WORKERS)
     def _():
         plgpu.set_max_registers(40, action="decrease")
-        _produce(means_ref.at[batch, kv_head], scratch, total)
+        _produce(means_ref.at[batch, kv_head], scratch, total())
 
     @pl.when(warpgroup < _WORKERS)
     def _():
@@ -173,9 +176,12 @@ def _kernel(q_ref, means_ref, visible_ref, bounds_ref, out_ref, *, scratch, widt
         plgpu.barrier_wait(scratch.q_full.at[warpgroup])
         work = _Work(
             scratch, scratch.q.at[warpgroup], scratch.lse.at[warpgroup],
-            visible_ref.at[batch, rows], bounds_ref[batch, group, 0], total, scale,
+            visible_ref.at[batch, rows], bounds_ref[batch, group, 0], total(), scale,
         )  # fmt: skip
+        work.wait(0)
         _statistics(work)
+        # Orders the writes of log-sum-exps before their reads by other threads.
+        plgpu.commit_smem()
         _sums(work, out_ref.at[batch, head, pl.ds(group * (_ROWS // width), _ROWS // width)], width)
 
 
@@ -207,36 +213,54 @@ class _Work(NamedTuple):
     total: Any
     scale: float
 
-    def loop(self, first, visit, state):
-        """Visits every stage: `visit(stage, acquire, release, state, masked)`.
+    def wait(self, n):
+        """Waits until the n-th stage of both passes, if there is one, has arrived."""
 
-        `first` is how many stages the ring held before; masked are the stages that not every row
-        sees in full.
+        @pl.when(n < 2 * self.total)
+        def _():
+            plgpu.barrier_wait(self.scratch.full.at[lax.rem(n, _STAGES)])
+
+    def loop(self, before, visit, state):
+        """Visits every stage, after `before` stages: `visit(stage, step, state, masked)`.
+
+        Masked are the stages that not every row sees in full.
         """
 
         def one(stage, state, masked):
-            slot = lax.rem(first + stage, _STAGES)
-            plgpu.barrier_wait(self.scratch.full.at[slot])
-            release = lambda: plgpu.barrier_arrive(self.scratch.free.at[slot])
-            return visit(stage, self.scratch.means.at[slot], release, state, masked)
+            return visit(stage, _Step(self, before + stage), state, masked)
 
         state = lax.fori_loop(0, self.full, functools.partial(one, masked=False), state)
         return lax.fori_loop(self.full, self.total, functools.partial(one, masked=True), state)
 
 
-def _two_products(left, right, shape, release, use):
-    """Products of both left tiles with one right tile; `use(0)` runs beside the second product."""
+class _Step(NamedTuple):
+    """The n-th stage of both passes; it has arrived."""
 
-    def products(first, second):
-        plgpu.wgmma(first, left[0], right.T)
-        plgpu.wgmma(second, left[1], right.T)
-        out = use(0, plgpu.wgmma_accumulator_load(first, wait_n=1))
-        s = plgpu.wgmma_accumulator_load(second)
-        release()
-        return out, use(1, s)
+    work: _Work
+    n: Any
 
-    accumulator = plgpu.ACC(shape, jnp.float32)
-    return pl.run_scoped(products, accumulator, accumulator)
+    @property
+    def means(self):
+        return self.work.scratch.means.at[lax.rem(self.n, _STAGES)]
+
+    def two_products(self, left, right, shape, use):
+        """Uses the products of both left tiles with one right tile.
+
+        `use(0, product)` runs beside the second product; then the stage is given back.
+        """
+
+        def products(first, second):
+            plgpu.wgmma(first, left[0], right.T)
+            plgpu.wgmma(second, left[1], right.T)
+            out = use(0, plgpu.wgmma_accumulator_load(first, wait_n=1))
+            # Its branch keeps the compiler from moving the use above below the second product.
+            self.work.wait(self.n + 1)
+            s = plgpu.wgmma_accumulator_load(second)
+            plgpu.barrier_arrive(self.work.scratch.free.at[lax.rem(self.n, _STAGES)])
+            return out, use(1, s)
+
+        accumulator = plgpu.ACC(shape, jnp.float32)
+        return pl.run_scoped(products, accumulator, accumulator)
 
 
 def _halves(ref):
@@ -250,7 +274,7 @@ def _statistics(work: _Work):
     visible = [plgpu.load(x, layout=_ROW, optimized=False) for x in _halves(work.visible)]
     per_row = lambda x: lax.broadcast_in_dim(x, shape, [0])
 
-    def visit(stage, means, release, state, masked):
+    def visit(stage, step, state, masked):
         def use(half, s):
             m, l = state[half]
             see = lambda x, otherwise: x
@@ -259,10 +283,10 @@ def _statistics(work: _Work):
                 see = lambda x, otherwise: jnp.where(seen, x, otherwise)
             m_new = jnp.maximum(m, see(s, MASK_VALUE).max(axis=1) * work.scale)
             p = see(jnp.exp2(s * work.scale - per_row(m_new)), 0.0)
-            # Keeps the compiler from moving this below the wait for the other product.
+            # Here and not after the other product: see `two_products`.
             return lax.optimization_barrier((m_new, l * jnp.exp2(m - m_new) + p.sum(axis=1)))
 
-        return _two_products(_halves(work.q), means, shape, release, use)
+        return step.two_products(_halves(work.q), step.means, shape, use)
 
     constant = lambda value: plgpu.layout_cast(jnp.full((_HALF,), value, jnp.float32), _ROW)
     start = (constant(MASK_VALUE), constant(0.0))
@@ -273,24 +297,27 @@ def _statistics(work: _Work):
 def _sums(work: _Work, out_ref, width):
     """Pass 2: writes the rows' weights, summed over `width` rows each; 0 where nothing is seen."""
     shape = (_HALF, _ROWS)
-    mean = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)
-    visible = plgpu.load(work.visible, layout=_COLUMN, optimized=False)
-    per_row = lambda x: lax.broadcast_in_dim(x, shape, [1])
-    lse = per_row(plgpu.load(work.lse, layout=_COLUMN))
+    mean = plgpu.broadcasted_iota(jnp.int32, (_HALF,), 0, layout=_ROW)
+    lse = lax.broadcast_in_dim(plgpu.load(work.lse, layout=_COLUMN), shape, [1])
 
-    def visit(stage, means, release, state, masked):
+    def visit(stage, step, state, masked):
         def use(half, s):
             begin = stage * _MEANS + half * _HALF
             p = jnp.exp2(s * work.scale - lse)
             if masked:
-                p = jnp.where(mean < per_row(visible - begin), p, 0.0)
+                # Rows that count nothing may hold anything, NaN as well.
+                p = jnp.where(lse < jnp.inf, p, 0.0)
             columns = pl.ds(pl.multiple_of(begin, _HALF), _HALF)
             for tile in range(_ROWS // width):
-                rows = p[:, tile * width : (tile + 1) * width]
-                out_ref[tile, columns] = rows.sum(axis=1)
+                scores = p[:, tile * width : (tile + 1) * width].sum(axis=1)
+                if masked:
+                    # All rows of a tile see the same means; without a first row there is none.
+                    seen = mean < work.visible[tile * width] - begin
+                    scores = jnp.where(seen, scores, 0.0)
+                out_ref[tile, columns] = scores
             return ()
 
-        _two_products(_halves(means), work.q, shape, release, use)
+        step.two_products(_halves(step.means), work.q, shape, use)
         return state
 
     work.loop(work.total, visit, jnp.int32(0))
