@@ -301,6 +301,9 @@ def _sums(work: _Work, out_ref, width):
     lse = lax.broadcast_in_dim(plgpu.load(work.lse, layout=_COLUMN), shape, [1])
 
     def visit(stage, step, state, masked):
+        # All rows of a tile see the same means, but those that count nothing.
+        seen = [work.visible[i] for i in range(0, _ROWS, width)] if masked else None
+
         def use(half, s):
             begin = stage * _MEANS + half * _HALF
             p = jnp.exp2(s * work.scale - lse)
@@ -311,9 +314,7 @@ def _sums(work: _Work, out_ref, width):
             for tile in range(_ROWS // width):
                 scores = p[:, tile * width : (tile + 1) * width].sum(axis=1)
                 if masked:
-                    # All rows of a tile see the same means; without a first row there is none.
-                    seen = mean < work.visible[tile * width] - begin
-                    scores = jnp.where(seen, scores, 0.0)
+                    scores = jnp.where(mean < seen[tile] - begin, scores, 0.0)
                 out_ref[tile, columns] = scores
             return ()
 
