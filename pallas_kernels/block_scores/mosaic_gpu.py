@@ -16,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.common.online_softmax import LOG2E, MASK_VALUE
-from pallas_kernels.common.tiling import cdiv, round_up
+from pallas_kernels.common.tiling import round_up
 
 _ROW = plgpu.Layout.WGMMA.reduce(1)
 _COLUMN = plgpu.Layout.WGMMA.reduce(0)
@@ -143,9 +143,8 @@ def _launch(q, means, visible, width):
     )
     groups = visible.reshape(batch, -1, _ROWS)
     # Of each 128 rows: stages that every row sees in full, and those that any row sees.
-    bounds = jnp.stack(
-        [jnp.min(groups, axis=2) // _MEANS, cdiv(jnp.max(groups, axis=2), _MEANS)], axis=2
-    )
+    least, most = jnp.min(groups, axis=2), jnp.max(groups, axis=2)
+    bounds = jnp.stack([least // _MEANS, (most + _MEANS - 1) // _MEANS], axis=2)
     return kernel(q, means, visible, bounds)
 
 
