@@ -87,7 +87,7 @@ def each_list(
 
     Args:
         choose: `choose(per_list, per_kv_head, rows, tile, first, end)` marks key blocks [tiles,
-            num_blocks]: rows [tiles, members, block_q, head_dim], a scalar `end`, the rest likewise.
+            num_blocks] for rows [tiles, members, block_q, head_dim] and a scalar `end`.
         per_list: pytree of arrays [batch, kv_heads, lists, ...] that `choose` needs.
         per_kv_head: likewise [batch, kv_heads, ...].
         block_q: rows of a query tile.

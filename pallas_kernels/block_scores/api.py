@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.block_scores import mosaic_gpu, reference, xla
@@ -29,7 +30,7 @@ def block_scores(
     Args:
         q: query rows (or means of several), the heads by the list that they share.
         means: mean keys, of any blocks.
-        past: how many of the means, from the first on, each tile sees; at most num_means.
+        past: how many of the means, from the first on, each tile sees; more than all are all.
         real_rows: rows from here on count nothing, whatever they hold.
         tile_rows: rows of a tile; the last tile may have fewer.
         implementation: which implementation runs; None takes the first of "mosaic_gpu" (Hopper),
@@ -49,6 +50,8 @@ def block_scores(
         "reference": (reference, None),
     }
     run = choose("block_scores", implementation, candidates)
+    # A kernel would write scores of means that do not exist.
+    past = jnp.clip(past, 0, means.shape[2])
     return run.block_scores(q, means, past=past, real_rows=real_rows, tile_rows=tile_rows)
 
 

@@ -126,8 +126,8 @@ def _launch(q, means, visible, width):
         grid_names=("head", "block"),
         num_threads=_WORKERS + 1,
         thread_name="warpgroup",
-        scratch_types=dict(
-            scratch=_Scratch(
+        scratch_types={
+            "scratch": _Scratch(
                 q=tile(_WORKERS, _ROWS),
                 means=tile(_STAGES, _MEANS),
                 lse=plgpu.SMEM((_WORKERS, _ROWS), jnp.float32),
@@ -135,7 +135,7 @@ def _launch(q, means, visible, width):
                 full=plgpu.Barrier(num_barriers=_STAGES),
                 free=plgpu.Barrier(num_arrivals=_WORKERS, num_barriers=_STAGES),
             )
-        ),
+        },
         compiler_params=plgpu.CompilerParams(
             approx_math=True, unsafe_no_auto_barriers=True, reduction_scratch_bytes=0
         ),
@@ -301,7 +301,7 @@ def _sums(work: _Work, out_ref, width):
 
     def visit(stage, step, state, masked):
         # All rows of a tile see the same means, but those that count nothing.
-        seen = [work.visible[i] for i in range(0, _ROWS, width)] if masked else None
+        seen = [work.visible[i] for i in range(0, _ROWS, width)] if masked else []
 
         def use(half, s):
             begin = stage * _MEANS + half * _HALF

@@ -1,6 +1,7 @@
 """Scores of mean keys against a numpy brute force."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import block_scores
-from pallas_kernels.block_scores import mosaic_gpu, xla
+from pallas_kernels.block_scores import measure, mosaic_gpu, xla
 from tests.kernels.mgpu_interpret import interpreted
 
 IMPLEMENTATIONS = [
@@ -90,7 +91,7 @@ def test_block_scores_equal_brute_force(monkeypatch, implementation, dtype, case
         )
     )  # fmt: skip
     got = run(*arrays, options["past"], options["real_rows"])
-    np.testing.assert_allclose(got, brute_force(*arrays, **options), atol=3e-6, rtol=1e-5)
+    np.testing.assert_allclose(got, brute_force(*arrays, **options), atol=3e-6, rtol=5e-5)
 
 
 @pytest.mark.gpu
@@ -122,7 +123,7 @@ def test_hopper_kernel_equals_the_reference(dtype, case):
     where = options["past"], options["real_rows"]
     got = run(*arrays, *where, name="mosaic_gpu")
     want = run(*arrays, *where, name="reference")
-    np.testing.assert_allclose(got, want, atol=3e-6, rtol=2e-5)
+    np.testing.assert_allclose(got, want, atol=3e-6, rtol=5e-5)
     np.testing.assert_array_equal(run(*arrays, *where, name="mosaic_gpu"), got)
     # A tile's scores do not depend on means that it does not see, nor on their number.
     unseen = jnp.arange(case.num_means + 200)[None, None, :, None] >= case.num_means
@@ -130,6 +131,10 @@ def test_hopper_kernel_equals_the_reference(dtype, case):
     padded = run(arrays[0], jnp.where(unseen, jnp.nan, more), *where, name="mosaic_gpu")
     np.testing.assert_array_equal(padded[..., : case.num_means], got)
     np.testing.assert_array_equal(padded[..., case.num_means :], 0.0)
+    # No more means are seen, nor scores written, than there are.
+    too_many, all_means = (jnp.full_like(where[0], n) for n in (10**6, case.num_means))
+    beyond = run(*arrays, too_many, where[1], name="mosaic_gpu")
+    np.testing.assert_array_equal(beyond, run(*arrays, all_means, where[1], name="mosaic_gpu"))
 
 
 @pytest.mark.parametrize(
@@ -164,7 +169,7 @@ def test_hopper_kernel_in_the_interpreter():
     with interpreted() as races_found:
         got = np.asarray(mosaic_gpu.block_scores(*arrays, **options))
         assert not races_found()
-    np.testing.assert_allclose(got, brute_force(*arrays, **options), atol=3e-6, rtol=1e-5)
+    np.testing.assert_allclose(got, brute_force(*arrays, **options), atol=3e-6, rtol=5e-5)
 
 
 def test_a_step_of_xla_holds_a_bounded_number_of_weights():
@@ -196,3 +201,19 @@ def test_misuse_is_explained():
     assert "and float32" in mosaic_gpu.unsupported(q, means.astype(jnp.float32))
     wide = jnp.zeros((1, 1, 1, 1, 1, 256), jnp.bfloat16)
     assert "got 256" in mosaic_gpu.unsupported(wide, wide)
+
+
+_TINY = "--lengths 700 --heads 4 --kv-heads 2 --head-dim 16 --pooled 16 --implementations xla"
+
+
+def test_measure_writes_a_record_of_a_checked_implementation(tmp_path, monkeypatch):
+    output = tmp_path / "times.jsonl"
+    measure.main([*_TINY.split(), "--output", str(output)])
+    (record,) = map(json.loads, output.read_text().splitlines())
+    assert record["name"] == "xla"
+    assert record["ms"] > 0
+    assert record["error"] < 1e-5
+    right = xla.block_scores
+    monkeypatch.setattr(xla, "block_scores", lambda *args, **kwargs: 1.001 * right(*args, **kwargs))
+    with pytest.raises(SystemExit, match="xla is wrong"):
+        measure.main(_TINY.split())
