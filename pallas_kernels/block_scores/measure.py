@@ -43,6 +43,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--implementations", nargs="+", default=["mosaic_gpu", "xla"])
     parser.add_argument("--output", type=Path, help="JSON lines are appended here")
     options = parser.parse_args(arguments)
+    if options.heads % options.kv_heads or any(BLOCK % pooled for pooled in options.pooled):
+        parser.error(f"--kv-heads must divide --heads, and every --pooled {BLOCK}")
     module = "pallas_kernels.block_scores.measure"
     environment = stamp(module, sys.argv[1:] if arguments is None else arguments)
     for kv_len in options.lengths:
