@@ -12,10 +12,7 @@ import argparse
 import dataclasses
 import functools
 import json
-import platform
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -32,6 +29,7 @@ from pallas_kernels.block_sparse_attention.measure import (
     random_qkv,
     share_shapes,
 )
+from pallas_kernels.common.environment import stamp
 from pallas_kernels.common.timing import Programs, time_calls
 
 LINES = ((1000, 6096), (500, 700), (3500, 100))
@@ -91,7 +89,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--peer", default="cudnn", choices=["cudnn", "none"])
     parser.add_argument("--out", type=Path, help="JSON lines are appended here")
     options = parser.parse_args(arguments)
-    environment = _environment(sys.argv[1:] if arguments is None else arguments)
+    environment = stamp("pallas_kernels.bench", sys.argv[1:] if arguments is None else arguments)
     print(environment, flush=True)
     try:
         for kv_len in options.lengths:
@@ -136,19 +134,6 @@ def _bench_length(options: argparse.Namespace, kv_len: int) -> Iterator[dict]:
         if dense is not None:
             record["ratio"] = record["tflops"] / dense
         yield shape | {"name": workload.name, **record}
-
-
-def _environment(arguments: list[str]) -> dict:
-    git = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    return {
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
-        "python": platform.python_version(),
-        "commit": commit,
-        "date": time.strftime("%Y-%m-%d"),
-        "command": "python -m pallas_kernels.bench " + " ".join(arguments),
-    }
 
 
 def _line(record: dict) -> str:

@@ -1,7 +1,6 @@
 """Key blocks above a share of the best one, for each query tile."""
 
 import dataclasses
-import functools
 from typing import Any, no_type_check
 
 import jax
@@ -9,9 +8,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from minference_jax.adaptive.layout import Layout, check_number, per_list, split_heads
-from minference_jax.adaptive.lists import index_of_blocks, own_blocks
-from minference_jax.adaptive.scores import masked_softmax, products
+from minference_jax.adaptive.lists import index_of_blocks
 from minference_jax.index.block_sparse import block_means
+from pallas_kernels.block_scores import block_scores
 from pallas_kernels.block_sparse_attention.index import BlockSparseIndex
 from pallas_kernels.common.tiling import cdiv
 
@@ -59,52 +58,45 @@ class BlockThreshold:
                 f"`pooled_rows` ({self.pooled_rows}) must divide `block_q` ({layout.block_q})"
             )
         kv_len = k.shape[1]
+        num_blocks = cdiv(kv_len, layout.block_kv)
         q = split_heads(q, k.shape[2], layout)
-        names = ("alpha", "sink_blocks", "local_blocks")
-        parameters = tuple(per_list(getattr(self, name), name, q) for name in names)
+        # [batch, kv_heads, lists, tiles, blocks]
+        number = lambda name: per_list(getattr(self, name), name, q)[..., None, None]
+        alpha, sink_blocks, local_blocks = map(number, ("alpha", "sink_blocks", "local_blocks"))
         means = jax.vmap(lambda k, length: block_means(k, layout.block_kv, length))
         means = jax.vmap(means, in_axes=(2, None), out_axes=1)(k, lengths).astype(k.dtype)
-        choose = functools.partial(_choose, layout=layout, pooled_rows=self.pooled_rows)
+        block = jnp.arange(num_blocks)[None, None, None, None, :]
+
+        def choose(rows, tile, first, end):
+            past = jnp.minimum(first // layout.block_kv, num_blocks)
+            real_rows = jnp.clip(end - first[0], 0, rows.shape[1])
+            rows, real_rows = pool_rows(rows, real_rows, self.pooled_rows)
+            scores = block_scores(
+                rows, means, past=past, real_rows=real_rows,
+                tile_rows=layout.block_q // self.pooled_rows,
+            )  # fmt: skip
+            keep = scores >= alpha * jnp.max(scores, axis=4, keepdims=True)
+            keep &= block < past[None, None, None, :, None]
+            last = jnp.minimum((first + layout.block_q)[None, :], end[:, None]) - 1
+            last = (last // layout.block_kv)[:, None, None, :, None]
+            return keep | (block < sink_blocks) | (last - block < local_blocks)
+
         return index_of_blocks(
-            choose, parameters, means, q, kv_len, lengths=lengths, q_offset=q_offset,
-            layout=layout,
-            scores_per_tile=layout.block_q // self.pooled_rows * cdiv(kv_len, layout.block_kv),
+            choose, q, kv_len, lengths=lengths, q_offset=q_offset, layout=layout,
+            scores_per_tile=num_blocks,
         )  # fmt: skip
 
 
-def _choose(parameters, means, rows, tile, first, end, *, layout, pooled_rows):
-    """Blocks [tiles, num_blocks] that some query tiles of one list keep; see `index_of_blocks`."""
-    alpha, sink_blocks, local_blocks = parameters
-    num_blocks = means.shape[0]
-    past = ~own_blocks(first, num_blocks, layout)
-    real = first[:, None] + jnp.arange(layout.block_q)[None, :] < end
-    scores = block_scores(rows, means, real, past, pooled_rows)
-    keep = past & (scores >= alpha * jnp.max(scores, axis=1, keepdims=True))
-    block = jnp.arange(num_blocks)[None, :]
-    last = (jnp.minimum(first + layout.block_q, end) - 1) // layout.block_kv
-    return keep | (block < sink_blocks) | (last[:, None] - block < local_blocks)
-
-
-def block_scores(rows, means, real, past, pooled_rows):
-    """Softmax over past blocks of each row, summed over the rows of a query tile (one list).
-
-    Args:
-        rows: queries [tiles, members, block_q, head_dim].
-        means: mean keys [num_blocks, head_dim].
-        real: which rows count [tiles, block_q].
-        past: which blocks take part [tiles, num_blocks].
-        pooled_rows: rows whose mean counts as one.
-
-    Returns:
-        Scores, float32 [tiles, num_blocks]; 0 where a block takes no part.
-    """
-    tiles, members, _, head_dim = rows.shape
-    real = real.reshape(tiles, 1, -1, pooled_rows)
-    if pooled_rows > 1:
-        rows = rows.reshape(tiles, members, -1, pooled_rows, head_dim).astype(jnp.float32)
-        number = jnp.maximum(jnp.sum(real, axis=3), 1)[..., None]
-        pooled = jnp.sum(jnp.where(real[..., None], rows, 0.0), axis=3) / number
-        rows = pooled.astype(means.dtype)
-    scores = products(rows, means) * head_dim**-0.5
-    weights = masked_softmax(scores, past[:, None, None, :])
-    return jnp.sum(jnp.where(jnp.any(real, axis=3)[..., None], weights, 0.0), axis=(1, 2))
+def pool_rows(
+    q: Float[Array, "batch rows kv_heads lists members head_dim"],
+    real_rows: Int[Array, " batch"],
+    pooled: int,
+) -> tuple[Float[Array, "batch pooled kv_heads lists members head_dim"], Int[Array, " batch"]]:
+    """Means of every `pooled` rows, of those before real_rows, and how many hold a real row."""
+    if pooled == 1:
+        return q, real_rows
+    batch, rows = q.shape[:2]
+    real = (jnp.arange(rows)[None, :] < real_rows[:, None]).reshape(batch, -1, pooled, 1, 1, 1, 1)
+    parts = q.reshape(batch, -1, pooled, *q.shape[2:]).astype(jnp.float32)
+    means = jnp.sum(jnp.where(real, parts, 0.0), axis=2) / jnp.maximum(jnp.sum(real, axis=2), 1)
+    return means.astype(q.dtype), -(-real_rows // pooled)

@@ -93,9 +93,10 @@ class FlexPrefill:
             lambda: _least_kept(queries, means, budgets.gamma, end, q_offset, layout),
             lambda: jnp.zeros(budgets.gamma.shape, jnp.int32),
         )
+        choose = functools.partial(_choose, layout=layout)
         return lists.index_of_blocks(
-            functools.partial(_choose, layout=layout), (lines, queries, least), means, by_list,
-            kv_len, layout=layout, scores_per_tile=cdiv(kv_len, layout.block_kv), **at,
+            lists.each_list(choose, (lines, queries, least), means, layout.block_q),
+            by_list, kv_len, layout=layout, scores_per_tile=cdiv(kv_len, layout.block_kv), **at,
         )  # fmt: skip
 
 
@@ -148,7 +149,7 @@ def _choose_lines(budgets, vertical, slash, last, means, end, *, layout):
 
 
 def _choose(per_list, means, rows, tile, first, end, *, layout):
-    """Blocks [tiles, num_blocks] that some query tiles of one list keep; see `index_of_blocks`."""
+    """Blocks [tiles, num_blocks] that some query tiles of one list keep; see `each_list`."""
     lines, queries, least = per_list
     num_blocks = means.shape[0]
     keep = jnp.broadcast_to(lines.columns, (tile.shape[0], num_blocks))

@@ -20,8 +20,6 @@ ELEMENTS = 2**26
 
 def index_of_blocks(
     choose: Callable[..., Array],
-    per_list: Any,
-    per_kv_head: Any,
     q: Float[Array, "batch q_len kv_heads lists members head_dim"],
     kv_len: int,
     *,
@@ -35,12 +33,11 @@ def index_of_blocks(
     A query tile whose list would not fit the layout's capacity visits every key.
 
     Args:
-        choose: `choose(per_list, per_kv_head, rows, tile, first, end)`, for one list, marks key
-            blocks [tiles, num_blocks] for some query tiles: rows [tiles, members, block_q,
-            head_dim] (those at or beyond `end` are anything), the tiles' numbers [tiles], the
-            positions of their first rows [tiles], and the position after the last real query.
-        per_list: pytree of arrays [batch, kv_heads, lists, ...] that `choose` needs.
-        per_kv_head: likewise [batch, kv_heads, ...].
+        choose: `choose(rows, tile, first, end)` marks key blocks [batch, kv_heads, lists, tiles,
+            num_blocks] for some query tiles: their rows [batch, tiles * block_q, kv_heads, lists,
+            members, head_dim] (those at or beyond `end` are anything), their numbers [tiles], the
+            positions of their first rows [tiles], and the positions after the last real query
+            [batch].
         q: queries by list.
         kv_len: keys.
         lengths: real keys of each batch row.
@@ -53,29 +50,27 @@ def index_of_blocks(
     num_blocks, capacity = cdiv(kv_len, layout.block_kv), layout.capacity(kv_len)
     end = jnp.minimum(lengths, q_offset + q_len)
     start = jnp.arange(num_blocks, dtype=jnp.int32) * layout.block_kv
-
-    def one_list(per_list, per_kv_head, end, rows, tile):
-        first = q_offset + tile * layout.block_q
-        keep = choose(per_list, per_kv_head, rows, tile, first, end)
-        own = own_blocks(first, num_blocks, layout)
-        visible = start[None, :] < jnp.minimum(first + layout.block_q, end)[:, None]
-        keep = (keep | own) & visible & (first < end)[:, None]
-        take = lambda keep: compact(start[::-1], keep[::-1], capacity, NO_TILE)
-        return jax.vmap(take)(keep), jnp.sum(keep, axis=1).astype(jnp.int32)
-
-    over_lists = jax.vmap(one_list, in_axes=(0, None, None, 0, None))
-    over_kv_heads = jax.vmap(over_lists, in_axes=(0, 0, None, 0, None))
-    over_batch = jax.vmap(over_kv_heads, in_axes=(0, 0, 0, 0, None))
+    take = lambda keep: compact(start[::-1], keep[::-1], capacity, NO_TILE)
+    for _ in range(4):  # tiles, lists, KV heads, batch rows
+        take = jax.vmap(take)
 
     heads = kv_heads * lists * members
     per_tile = batch * heads * max(scores_per_tile, num_blocks)
-    step = max(1, min(num_tiles, ELEMENTS // per_tile))
+    steps = cdiv(num_tiles, max(1, ELEMENTS // per_tile))
+    step = cdiv(num_tiles, steps)
 
     def some_tiles(number):
-        rows = _rows_of_tiles(q, number * step, step, layout.block_q)
-        return over_batch(per_list, per_kv_head, end, rows, number * step + jnp.arange(step))
+        tile = number * step + jnp.arange(step)
+        first = q_offset + tile * layout.block_q
+        keep = choose(_rows_of_tiles(q, number * step, step, layout.block_q), tile, first, end)
+        stop = jnp.minimum((first + layout.block_q)[None, :], end[:, None])
+        visible = start[None, None, :] < stop[..., None]
+        visible &= (first[None, :] < end[:, None])[..., None]
+        own = own_blocks(first, num_blocks, layout)[None, None, None]
+        keep = (keep | own) & visible[:, None, None]
+        return take(keep), jnp.sum(keep, axis=4).astype(jnp.int32)
 
-    entries, count = jax.lax.map(some_tiles, jnp.arange(cdiv(num_tiles, step)))
+    entries, count = jax.lax.map(some_tiles, jnp.arange(steps))
     # [steps, batch, kv_heads, lists, tiles of a step, ...] to [batch, all lists, tiles, ...]
     by_list = lambda x: jnp.moveaxis(x, 0, 3).reshape(batch, kv_heads * lists, -1, *x.shape[5:])
     entries, count = (by_list(x)[:, :, :num_tiles] for x in (entries, count))
@@ -83,6 +78,30 @@ def index_of_blocks(
     if capacity < num_blocks:
         index = make_dense(index, count > capacity, kv_len, q_offset=q_offset)
     return for_all_heads(index, q)
+
+
+def each_list(
+    choose: Callable[..., Array], per_list: Any, per_kv_head: Any, block_q: int
+) -> Callable[..., Array]:
+    """What `index_of_blocks` takes, from a choice for one list.
+
+    Args:
+        choose: `choose(per_list, per_kv_head, rows, tile, first, end)` marks key blocks [tiles,
+            num_blocks] for rows [tiles, members, block_q, head_dim] and a scalar `end`.
+        per_list: pytree of arrays [batch, kv_heads, lists, ...] that `choose` needs.
+        per_kv_head: likewise [batch, kv_heads, ...].
+        block_q: rows of a query tile.
+    """
+    over_lists = jax.vmap(choose, in_axes=(0, None, 0, None, None, None))
+    over_kv_heads = jax.vmap(over_lists, in_axes=(0, 0, 0, None, None, None))
+    over_batch = jax.vmap(over_kv_heads, in_axes=(0, 0, 0, None, None, 0))
+
+    def choose_all(rows, tile, first, end):
+        rows = rows.reshape(rows.shape[0], -1, block_q, *rows.shape[2:])
+        rows = rows.transpose(0, 3, 4, 1, 5, 2, 6)
+        return over_batch(per_list, per_kv_head, rows, tile, first, end)
+
+    return choose_all
 
 
 def _index(entries, count, layout):
@@ -114,7 +133,7 @@ def _rows_of_tiles(q, tile, number, block_q):
     """Rows of `number` query tiles from `tile` on.
 
     Returns:
-        [batch, kv_heads, lists, number, members, block_q, head_dim]; anything beyond q's last row.
+        [batch, number * block_q, kv_heads, lists, members, head_dim]; anything beyond q's last row.
     """
     rows = number * block_q
     if q.shape[1] < rows:
@@ -124,5 +143,4 @@ def _rows_of_tiles(q, tile, number, block_q):
     part = jax.lax.dynamic_slice_in_dim(q, at, rows, axis=1)
     if q.shape[1] % rows:
         part = jnp.roll(part, at - tile * block_q, axis=1)
-    part = part.reshape(q.shape[0], number, block_q, *q.shape[2:])
-    return part.transpose(0, 3, 4, 1, 5, 2, 6)
+    return part

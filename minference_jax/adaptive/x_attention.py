@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from minference_jax.adaptive.layout import Layout, check_number, per_list, split_heads
-from minference_jax.adaptive.lists import index_of_blocks, own_blocks
+from minference_jax.adaptive.lists import each_list, index_of_blocks, own_blocks
 from minference_jax.adaptive.scores import masked_softmax, products
 from minference_jax.index.select import top_k_mask, top_mass_count
 from pallas_kernels.block_sparse_attention.index import BlockSparseIndex
@@ -63,10 +63,11 @@ class XAttention:
         num_blocks = cdiv(kv_len, layout.block_kv)
         grouped = jax.vmap(functools.partial(_group_keys, stride=stride), in_axes=(1, None, None))
         keys = jax.vmap(grouped, in_axes=(0, 0, None))(k, end, num_blocks * layout.block_kv)
+        choose = functools.partial(_choose, layout=layout, stride=stride)
         return index_of_blocks(
-            functools.partial(_choose, layout=layout, stride=stride),
-            per_list(self.tau, "tau", q), keys, q, kv_len, lengths=lengths, q_offset=q_offset,
-            layout=layout, scores_per_tile=layout.block_q // stride * keys.shape[2],
+            each_list(choose, per_list(self.tau, "tau", q), keys, layout.block_q),
+            q, kv_len, lengths=lengths, q_offset=q_offset, layout=layout,
+            scores_per_tile=layout.block_q // stride * keys.shape[2],
         )  # fmt: skip
 
 
@@ -78,7 +79,7 @@ def _group_keys(k, end, padded, *, stride):
 
 
 def _choose(tau, keys, rows, tile, first, end, *, layout, stride):
-    """Blocks [tiles, num_blocks] that some query tiles of one list keep; see `index_of_blocks`."""
+    """Blocks [tiles, num_blocks] that some query tiles of one list keep; see `each_list`."""
     mass = block_mass(keys, rows, first, end, layout=layout, stride=stride)
     num_blocks = mass.shape[1]
     block = jnp.arange(num_blocks)[None, :]

@@ -1,4 +1,8 @@
-"""What the default device is, for choosing implementations."""
+"""What the default device is, for choosing implementations and for records of measurements."""
+
+import platform
+import subprocess
+import time
 
 import jax
 
@@ -19,6 +23,20 @@ def not_hopper() -> str | None:
             f"({device.device_kind}) has {device.compute_capability}"
         )
     return None
+
+
+def stamp(module: str, arguments: list[str]) -> dict[str, str]:
+    """Where and with what a record was made: device, versions, commit, date and command."""
+    git = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    return {
+        "device": default_device(),
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "commit": commit,
+        "date": time.strftime("%Y-%m-%d"),
+        "command": f"python -m {module} " + " ".join(arguments),
+    }
 
 
 def _device() -> jax.Device:
