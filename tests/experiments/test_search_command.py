@@ -13,7 +13,7 @@ from experiments.search import calibrate
 from minference_jax.search import LayerScores, for_heads
 
 # A prompt of several tiles, which the tiny model reads with its context stretched.
-COMMON = ["search", "--rope-scaling", "linear:8", "--task", "book", "--length", "500"]
+COMMON = ["search", "--rope-scaling", "linear:8", "--tasks", "book", "--length", "500"]
 LINES = ["--kinds", "a_shape", "vertical_slash", "--target", "0.9"]
 
 
@@ -167,7 +167,7 @@ def told(capsys, *argv):
             ["--budget", "global", "--continue-with", "sparse"], "needs --budget each", id="order"
         ),
         pytest.param(["--text", "none.txt", *LINES], "cannot read none.txt", id="no-book"),
-        pytest.param(["--text", "a", "--task", "key_value"], "belongs to --task", id="two-texts"),
+        pytest.param(["--text", "a", "--tasks", "key_value"], "belongs to --tasks", id="two-texts"),
         pytest.param(["--prompts", "0"], "at least 1, got 0", id="no-prompts"),
     ],
 )
@@ -180,7 +180,7 @@ def test_options_that_cannot_work_are_told_before_the_model_is_loaded(
 
 
 def test_prompts_beyond_context_or_book_are_told(capsys, tiny_model, tmp_path):
-    book = ["search", "--task", "book", "--model", tiny_model, "--space", "paper"]
+    book = ["search", "--tasks", "book", "--model", tiny_model, "--space", "paper"]
     assert "do not fit the model's context" in told(
         capsys, *book, "--length", "5000", "--output", tmp_path / "a"
     )
