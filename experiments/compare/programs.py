@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from typing import Any
 
@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 import minference_jax as mj
 from experiments.compare.measure import Subject, count_work, read_arguments, run_read
+from experiments.compare.quality import force_answer, score_positions
 
 
 def share_capacities(attentions: Sequence[Any]) -> list[Any]:
@@ -46,9 +47,12 @@ def _has_columns(attention: Any) -> bool:
 
 
 def compile_all(work: Sequence[tuple[Subject, Any]]) -> int:
-    """Compiles all that reading these prompts with these attentions will run; returns the number.
+    """Compiles all that measuring these prompts with these attentions will run.
 
     Tracing needs Python and goes one by one; compilation does not and goes on in threads.
+
+    Returns:
+        How many programs there are.
     """
     programs: dict[Any, tuple[Subject, Any]] = {}
     for subject, attention in work:
@@ -57,32 +61,52 @@ def compile_all(work: Sequence[tuple[Subject, Any]]) -> int:
         shapes = tuple(jax.typeof(leaf) for leaf in leaves)
         programs.setdefault((structure, shapes, *static.values()), (subject, attention))
     threads = max(1, (os.cpu_count() or 1) // 2)
-    with ThreadPoolExecutor(threads) as pool, tqdm(
-        total=2 * len(programs), desc="compiling", unit="program", disable=None
-    ) as bar:  # fmt: skip
-        futures: list[Future] = []
-        for subject, attention in programs.values():
-            for lowered in _lower(subject, attention):
-                futures.append(pool.submit(lowered.compile))
-                bar.update(sum(future.done() for future in futures) - bar.n)
+    futures: list[Future] = []
+    with (
+        ThreadPoolExecutor(threads) as pool,
+        tqdm(desc="compiling", unit="program", leave=False, disable=None) as bar,
+    ):
+        for lowered in _lowered([*programs.values()]):
+            futures.append(pool.submit(lowered.compile))
+            bar.total = len(futures)
+            bar.update(sum(future.done() for future in futures) - bar.n)
         for future in as_completed(futures):
             future.result()
             bar.update(sum(future.done() for future in futures) - bar.n)
     if jax.default_backend() != "cpu":  # the first run also loads a program onto the device
-        for subject, attention in tqdm(programs.values(), desc="loading", disable=None):
+        for subject, attention in tqdm(programs.values(), "loading", leave=False, disable=None):
             data, static = read_arguments(subject, attention, tokens=1)
             jax.block_until_ready(run_read(*data, **static))
-    return 2 * len(programs)
+    return len(futures)
 
 
-def _lower(subject: Subject, attention: Any) -> list[jax.stages.Lowered]:
-    """The programs that read a prompt and that count what was visited."""
-    data, static = read_arguments(subject, attention, tokens=1)
-    read = run_read.lower(*data, **static)
-    # The index will lie where the parameters do; without that, it would be another program.
-    place = jax.tree.leaves(subject.model.params)[0].sharding
-    _, _, index = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), read.out_info
-    )
-    lengths = jnp.ones(1, jnp.int32)
-    return [read, count_work.lower(index, lengths, length=subject.reading.length)]
+def _lowered(programs: Sequence[tuple[Subject, Any]]) -> Iterator[jax.stages.Lowered]:
+    """What reads a prompt and counts what was visited; what scores it, once for each shape."""
+    shapes = set()
+    for subject, attention in programs:
+        data, static = read_arguments(subject, attention, tokens=1)
+        read = run_read.lower(*data, **static)
+        yield read
+        # Results lie where the parameters do; without that, these would be other programs.
+        place = jax.tree.leaves(subject.model.params)[0].sharding
+        hidden, cache, index = jax.tree.map(
+            lambda x, place=place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+            read.out_info,
+        )
+        yield count_work.lower(index, jnp.ones(1, jnp.int32), length=subject.reading.length)
+        if (shape := (hidden.shape, subject.capacity, subject.answer_room)) not in shapes:
+            shapes.add(shape)
+            yield from _lowered_scores(subject, hidden, cache)
+
+
+def _lowered_scores(subject: Subject, hidden: Any, cache: Any) -> Iterator[jax.stages.Lowered]:
+    """Distance from dense attention, and the answer if one is asked for."""
+    params, config = subject.model.params, subject.model.config
+    part = lambda *shape: jax.ShapeDtypeStruct(shape, hidden.dtype, sharding=hidden.sharding)
+    _, rows, embed = hidden.shape
+    targets = jnp.zeros(rows, jnp.int32)
+    both = part(rows, embed), part(rows, embed)
+    yield score_positions.lower(params, *both, targets, config=config)
+    if subject.answer_room:
+        answer = jnp.zeros(subject.answer_room, jnp.int32)
+        yield force_answer.lower(params, part(embed), answer, jnp.int32(1), cache, config=config)

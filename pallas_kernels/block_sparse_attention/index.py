@@ -16,8 +16,8 @@ ALIGNMENT = 8
 # Filler of unused list entries: as a distance or as a start it lies before every key.
 NO_TILE = -(2**30)
 
-# Numbers held at a time while visited pairs are counted: 16 MB. Few steps are fast on a GPU.
-_COUNTED = 2**22
+# Numbers held at a time while visited pairs are counted: 4 MB, a few steps for each layer at 128K.
+_COUNTED = 2**20
 
 
 @no_type_check
