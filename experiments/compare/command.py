@@ -79,9 +79,8 @@ class Compare:
         console.width = max(console.width, WIDTH)  # a figure cut short would be lost
         console.print(table(rows))
         groups, paths = write_report(self.record)
-        models = {row.point.model_sha256 for row in rows}
         for group, lines in groups.items():
-            if group.model_sha256 in models:
+            if any(group.holds(row.point) for row in rows):
                 console.print("", summary_table(group, lines))
                 result = {"methods": [dataclasses.asdict(line) for line in lines]}
                 append_record(self.record, kind=SUMMARY, argv=sys.argv, config=group, result=result)

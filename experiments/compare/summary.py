@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from experiments.compare.rows import Row
+from experiments.compare.prompts import FILE
+from experiments.compare.rows import Point, Row
 
 # Tasks whose perplexity means something: running text without a question.
 _TEXTS = ("book", "code")
@@ -29,6 +30,10 @@ class Group:
     model_sha256: str
     length: int | None
     prompts: tuple[str, ...]
+
+    def holds(self, point: Point) -> bool:
+        """Whether a row belongs to the group."""
+        return (self.model, self.model_sha256, self.length) == _key(point)
 
     @property
     def title(self) -> str:
@@ -79,9 +84,8 @@ def summarise(rows: Iterable[Row]) -> dict[Group, list[Line]]:
     by_key: dict[tuple[str, str, int | None], dict[tuple[Any, ...], Row]] = {}
     for row in rows:
         point = row.point
-        key = (point.model, point.model_sha256, point.length if point.task != "file" else None)
         own = (point.method, point.patterns_sha256, point.prompt_sha256)
-        found = by_key.setdefault(key, {})
+        found = by_key.setdefault(_key(point), {})
         found.pop(own, None)
         found[own] = row
     result = {}
@@ -93,6 +97,10 @@ def summarise(rows: Iterable[Row]) -> dict[Group, list[Line]]:
         group = Group(model=model, model_sha256=sha256, length=length, prompts=names)
         result[group] = _lines(same)
     return result
+
+
+def _key(point: Point) -> tuple[str, str, int | None]:
+    return point.model, point.model_sha256, None if point.task == FILE else point.length
 
 
 def _lines(rows: Sequence[Row]) -> list[Line]:
