@@ -7,7 +7,7 @@ from typing import Annotated
 import tyro
 
 from experiments.common.errors import parse_reporting_errors, run_reporting_errors
-from experiments.compare.command import Compare
+from experiments.compare.command import Compare, CompareSummary
 from experiments.generate import Generate
 from experiments.latency.command import Latency
 from experiments.patterns.command import Patterns
@@ -20,6 +20,7 @@ Command = tyro.conf.OmitArgPrefixes[
     | Annotated[Prefill, tyro.conf.subcommand("prefill", prefix_name=False)]
     | Annotated[Search, tyro.conf.subcommand("search", prefix_name=False)]
     | Annotated[Compare, tyro.conf.subcommand("compare", prefix_name=False)]
+    | Annotated[CompareSummary, tyro.conf.subcommand("compare-summary", prefix_name=False)]
     | Annotated[Latency, tyro.conf.subcommand("latency", prefix_name=False)]
     | Annotated[Patterns, tyro.conf.subcommand("patterns", prefix_name=False)]
     | Annotated[Visited, tyro.conf.subcommand("visited", prefix_name=False)]

@@ -1,23 +1,37 @@
-"""Prompts of a wanted length: a book, a fact hidden in a book, and pairs of keys and values.
+"""Prompts of a wanted length: a book, facts hidden in a book, pairs of keys and values, code.
 
 All are functions of a seed. Builders take a size (words or pairs); `fit_prompt` finds the size that
 fills a number of tokens.
 """
 
 import dataclasses
+import functools
+import itertools
 import json
 import random
 import re
+import sysconfig
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from importlib import resources
 from pathlib import Path
+from typing import Literal
 
 from experiments.common.errors import UserError
+
+Task = Literal["book", "code", "needle", "multi_needle", "key_value"]
+
+# Tasks that ask something, and tasks whose text comes from a book.
+QUESTIONS: frozenset[Task] = frozenset({"needle", "multi_needle", "key_value"})
+FROM_BOOK: frozenset[Task] = frozenset({"book", "needle", "multi_needle"})
 
 CHAPTER = "moby_dick_chapter_41.txt"
 
 _PLACES = ("lighthouse", "harbour", "mill", "observatory", "abbey", "foundry", "archive", "orchard")
+_FACTS = 4  # of a multi_needle prompt
+_GOLDEN = (5**0.5 - 1) / 2
+# Folders of the standard library that hold tests, or what is not of the library.
+_NO_SOURCE = frozenset({"test", "tests", "site-packages", "__pycache__"})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,6 +68,35 @@ def read_book(path: Path) -> str:
     return text
 
 
+def book_of(tasks: Collection[Task], path: Path | None) -> str:
+    """Returns the book that some tasks need: a chapter without a path, nothing if none needs one.
+
+    Raises:
+        UserError: no task would read the path, or it cannot be read.
+    """
+    if FROM_BOOK.isdisjoint(tasks):
+        if path is None:
+            return ""
+        wanted = ", ".join(sorted(FROM_BOOK))
+        raise UserError(f"--text belongs to --tasks {wanted}; got --tasks {' '.join(tasks)}")
+    return packaged_chapter() if path is None else read_book(path)
+
+
+def build_prompt(task: Task, size: int, *, seed: int, book: str) -> Prompt:
+    """Returns a prompt of a task; its size is in pairs for `key_value`, in words for the others."""
+    match task:
+        case "key_value":
+            return key_value_prompt(size, seed=seed)
+        case "code":
+            return code_prompt(size, seed=seed)
+        case "needle":
+            return needle_prompt(book, size, seed=seed)
+        case "multi_needle":
+            return multi_needle_prompt(book, size, seed=seed)
+        case "book":
+            return book_prompt(book, size, seed=seed)
+
+
 def hide(fact: str, paragraphs: Sequence[str], depth: float) -> str:
     """Returns the paragraphs with a fact among them, at a depth from 0 (start) to 1 (end)."""
     place = round(depth * len(paragraphs))
@@ -68,17 +111,61 @@ def book_prompt(book: str, words: int, *, seed: int) -> Prompt:
     return Prompt(text=_passage(book, words, random.Random(seed)))
 
 
-def needle_prompt(book: str, words: int, *, seed: int, depth: float = 0.5) -> Prompt:
-    """Returns a passage of a book with a number hidden in it, and the question for the number."""
+def code_prompt(words: int, *, seed: int) -> Prompt:
+    """Returns Python source: files of the running Python's standard library in a random order.
+
+    Files are whole, but for the last. Another version of Python makes another prompt.
+    """
+    files = list(_library())
+    random.Random(seed).shuffle(files)
+    sources, missing = [], words
+    for file in files:
+        sources.append(_source(file))
+        missing -= len(sources[-1].split())
+        if missing <= 0:
+            break
+    return Prompt(text=_first_words("\n\n\n".join(sources), words))
+
+
+def needle_prompt(book: str, words: int, *, seed: int, depth: float | None = None) -> Prompt:
+    """Returns a passage of a book with a number hidden in it, and the question for the number.
+
+    Without a depth, the seed decides it: successive seeds spread evenly over 0.1 to 0.9.
+    """
     rng = random.Random(seed)
-    place, number = rng.choice(_PLACES), str(rng.randrange(1_000_000, 10_000_000))
-    passage = _passage(book, words, rng).split("\n\n")
-    text = hide(f"The {place} keeper's magic number is {number}.", passage, depth)
-    question = f"What is the {place} keeper's magic number?"
+    place, number = rng.choice(_PLACES), _number(rng)
+    if depth is None:
+        depth = 0.1 + 0.8 * ((0.5 + seed * _GOLDEN) % 1.0)
+    return _question(_passage(book, words, rng), [(place, number, depth)], place)
+
+
+def multi_needle_prompt(book: str, words: int, *, seed: int) -> Prompt:
+    """Returns a passage of a book with several numbers in it, and the question for one of them.
+
+    The numbers lie one in each part of 0.1 to 0.9 of the passage; the others mislead.
+    """
+    rng = random.Random(seed)
+    places = rng.sample(_PLACES, _FACTS)
+    depths = [0.1 + 0.8 * (part + rng.random()) / _FACTS for part in range(_FACTS)]
+    facts = [(place, _number(rng), depth) for place, depth in zip(places, depths, strict=True)]
+    return _question(_passage(book, words, rng), facts, rng.choice(places))
+
+
+def _number(rng: random.Random) -> str:
+    return str(rng.randrange(1_000_000, 10_000_000))
+
+
+def _question(passage: str, facts: Sequence[tuple[str, str, float]], asked: str) -> Prompt:
+    """A passage with facts (place, number, depth) hidden in it, and the question for a place."""
+    for place, number, depth in facts:
+        fact = f"The {place} keeper's magic number is {number}."
+        passage = hide(fact, passage.split("\n\n"), depth)
+    [answer] = [number for place, number, _ in facts if place == asked]
     return Prompt(
-        text=f"Read this part of a book.\n\n{text}\n\nQuestion: {question}",
-        answer=number,
-        lead=f"The {place} keeper's magic number is ",
+        text=f"Read this part of a book.\n\n{passage}\n\n"
+        f"Question: What is the {asked} keeper's magic number?",
+        answer=answer,
+        lead=f"The {asked} keeper's magic number is ",
     )
 
 
@@ -112,26 +199,58 @@ def fit_prompt(
     smallest = count_tokens(build(1).text)
     if smallest > length:
         raise UserError(f"the shortest such prompt has {smallest} tokens, {length} were asked for")
-    low, high, reached = 1, 2, smallest
-    while (tokens := count_tokens(build(high).text)) <= length:
-        if tokens == reached:  # there is no more
+    # Tokens are nearly a line over sizes, and those of a long text take long to count: the next
+    # size is where the line through two known ones meets the length. A word has at least a token.
+    before, low, high, step = (0, 0), (1, smallest), None, 0
+    while high is None or high[0] - low[0] > 1:
+        step += 1
+        (x, y), (other_x, other_y) = low, high or before
+        size = x + max(1, int((length - y) / max((other_y - y) / (other_x - x), 1.0)))
+        if step == 1:  # of few words, too many tokens each
+            size = max(2, length // 64)
+        if high is not None:  # halving now and then bounds the steps, whatever the text
+            size = min(size, high[0] - 1) if step % 4 else (x + high[0]) // 2
+        tokens = count_tokens(build(size).text)
+        if tokens > length:
+            high = size, tokens
+        elif high is None and tokens == y:  # there is no more
             raise UserError(
                 f"the text has only {tokens} tokens, {length} were asked for; name a longer one "
                 "with --text"
             )
-        low, high, reached = high, 2 * high, tokens
-    while high - low > 1:
-        middle = (low + high) // 2
-        if count_tokens(build(middle).text) <= length:
-            low = middle
         else:
-            high = middle
-    return build(low)
+            before, low = low, (size, tokens)
+    return build(low[0])
 
 
 def _passage(book: str, words: int, rng: random.Random) -> str:
     paragraphs = book.strip().split("\n\n")
     start = rng.randrange(len(paragraphs))
-    text = "\n\n".join([*paragraphs[start:], *paragraphs[:start]])
-    ends = [match.end() for match in re.finditer(r"\S+", text)]
-    return text[: ends[min(words, len(ends)) - 1]]
+    return _first_words("\n\n".join([*paragraphs[start:], *paragraphs[:start]]), words)
+
+
+def _first_words(text: str, words: int) -> str:
+    """The text up to the end of so many words; all of it if it has fewer."""
+    end = 0
+    for match in itertools.islice(re.finditer(r"\S+", text), words):
+        end = match.end()
+    return text[:end]
+
+
+@functools.cache
+def _library() -> tuple[Path, ...]:
+    """Source files of the standard library, tests apart, in the order of their names."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = tuple(
+        file
+        for file in sorted(root.rglob("*.py"))
+        if _NO_SOURCE.isdisjoint(file.relative_to(root).parts)
+    )
+    if not files:
+        raise UserError(f"there is no Python source in {root}; leave out --tasks code")
+    return files
+
+
+@functools.cache
+def _source(file: Path) -> str:
+    return file.read_text(encoding="utf-8").strip()

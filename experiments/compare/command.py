@@ -2,7 +2,7 @@
 
 import dataclasses
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,13 +15,15 @@ from experiments.common.options import LoadOptions, at_least
 from experiments.common.record import append_record
 from experiments.common.session import load
 from experiments.compare.measure import Subject, figures, read
-from experiments.compare.methods import FAMILIES, Method, parse_methods
-from experiments.compare.prompts import ComparePrompts, Reading, tokenise
-from experiments.compare.report import WIDTH, Row, picture, table
-from experiments.compare.rows import KIND, Point, fingerprint, read_rows
+from experiments.compare.methods import Method, parse_methods, usage
+from experiments.compare.programs import compile_all, share_capacities
+from experiments.compare.prompts import ComparePrompts, Reading, tokenise_all
+from experiments.compare.report import WIDTH, table, write_report
+from experiments.compare.rows import KIND, Point, Row, fingerprint, read_rows, row_of
+from experiments.compare.summary import table as summary_table
 from models import Model
 
-_USAGE = ", ".join(family.usage(name) for name, family in FAMILIES.items())
+SUMMARY = "compare_summary"
 DEFAULTS = (
     "a_shape:128,512", "a_shape:128,1024", "vertical_slash:200,100", "vertical_slash:500,300",
     "vertical_slash:1000,1000", "threshold:0.3", "threshold:0.1", "hybrid:0.3,200",
@@ -44,20 +46,20 @@ class Compare:
         tuple[str, ...],
         tyro.conf.arg(
             metavar="METHOD [METHOD ...]",
-            help=f"Methods with their budgets: {_USAGE}, patterns:FILE.",
+            help=f"Methods with their budgets: {usage()}.",
         ),
     ] = DEFAULTS
     positions: int = 8192
     """Last positions of each prompt that are compared; all of a shorter prompt."""
     repeats: int = 1
-    """Timed runs of each prefill; the median is shown. 0 takes no times."""
+    """Runs of each prefill, all timed; the median is shown."""
     record: Annotated[Path, tyro.conf.arg(metavar="PATH")] = Path("outputs/compare.jsonl")
-    """JSONL file of the rows; the picture goes beside it."""
+    """JSONL file of the rows; tables over all prompts (.md) and the picture (.png) go beside it."""
 
     def __post_init__(self) -> None:
         """Raises UserError for values out of range."""
         at_least("positions", self.positions, 2)
-        at_least("repeats", self.repeats, 0)
+        at_least("repeats", self.repeats, 1)
         if not self.methods:
             raise UserError("--methods must name at least one method")
 
@@ -69,82 +71,115 @@ class Compare:
         check_writable(self.record, folder=False)
         known = read_rows(self.record)
         model = load(self.model, progress)
-        readings = [tokenise(model, *source, chat=self.prompt.chat) for source in sources]
-        for method in methods:  # one for another model is told before any work
-            method.attention(model.config.num_layers, model.config.num_heads)
-        rows = self._rows(model, readings, methods, known)
+        # A method for another model is told before any work.
+        sizes = model.config.num_layers, model.config.num_heads
+        made = share_capacities([method.attention(*sizes) for method in methods])
+        readings = tokenise_all(model, sources, chat=self.prompt.chat)
+        rows = self._rows(model, readings, dict(zip(methods, made, strict=True)), known)
         console.width = max(console.width, WIDTH)  # a figure cut short would be lost
         console.print(table(rows))
-        title = f"{_name(self.model)}: {', '.join(reading.name for reading in readings)}"
-        console.print(f"record: {self.record}", soft_wrap=True)
-        path = picture(rows, title=title, path=self.record.with_suffix(".png"))
-        console.print(f"picture: {path}", soft_wrap=True)
+        groups, paths = write_report(self.record)
+        for group, lines in groups.items():
+            if any(group.holds(row.point) for row in rows):
+                console.print("", summary_table(group, lines))
+                result = {"methods": [dataclasses.asdict(line) for line in lines]}
+                append_record(self.record, kind=SUMMARY, argv=sys.argv, config=group, result=result)
+        for path in (self.record, *paths):
+            console.print(f"written: {path}", soft_wrap=True)
 
     def _rows(
         self,
         model: Model,
         readings: Sequence[Reading],
-        methods: Sequence[Method],
-        known: dict[Point, dict[str, Any]],
+        attentions: dict[Method, Any],
+        known: dict[Point, Row],
     ) -> list[Row]:
         """The rows of all prompts and methods; those that are not known are measured."""
         sha256 = fingerprint(model)
-        rows: list[Row] = []
-        total = len(readings) * len(methods)
-        with tqdm(total=total, desc="comparing", unit="row", disable=None) as bar:
-            for reading in readings:
-                subject = Subject(
-                    model=model,
-                    reading=reading,
-                    positions=min(self.positions, len(reading.tokens)),
-                    repeats=self.repeats,
-                )
-                points = {method: self._point(subject, method, sha256) for method in methods}
-                missing = [method for method, point in points.items() if point not in known]
-                bar.set_description(reading.name)
-                bar.update(len(methods) - len(missing))
-                for method, result in _measure(subject, missing, methods[0]):
+        answer_room = max(len(reading.answer) for reading in readings)
+        wanted: list[tuple[Subject, dict[Method, Point]]] = []
+        for reading in readings:
+            subject = Subject(
+                model=model, reading=reading, positions=self.positions, answer_room=answer_room,
+                repeats=self.repeats,
+            )  # fmt: skip
+            points = {method: self._point(subject, method, sha256) for method in attentions}
+            wanted.append((subject, points))
+        missing = [
+            (subject, {method: at for method, at in points.items() if at not in known})
+            for subject, points in wanted
+        ]
+        [dense, *_] = attentions
+        compile_all(
+            [
+                (subject, attentions[method])
+                for subject, points in missing
+                for method in (dict.fromkeys([dense, *points]) if points else ())
+            ]
+        )
+        left = sum(len(points) for _, points in missing)
+        total = len(readings) * len(attentions)
+        with tqdm(total=total, initial=total - left, unit="row", disable=None) as bar:
+            for subject, points in missing:
+                for method, result in _measure(subject, points, attentions):
                     known[points[method]] = self._keep(points[method], result)
-                    bar.set_description(f"{reading.name}: {method.label}")
+                    bar.set_description(f"{subject.reading.name}: {method.label}")
                     bar.update()
-                rows += [
-                    Row(reading.name, method, known[point]) for method, point in points.items()
-                ]
-        return rows
+        return [known[point] for _, points in wanted for point in points.values()]
 
     def _point(self, subject: Subject, method: Method, model_sha256: str) -> Point:
+        reading = subject.reading
         return Point(
-            model=_name(self.model),
+            model=Path(self.model.model).name,
             model_sha256=model_sha256,
-            prompt=subject.reading.name,
-            prompt_sha256=subject.reading.sha256,
-            tokens=len(subject.reading.tokens),
+            prompt=reading.name,
+            task=reading.task,
+            prompt_sha256=reading.sha256,
+            tokens=len(reading.tokens),
+            length=reading.length,
             method=method.label,
             patterns_sha256=method.sha256,
-            positions=subject.positions,
+            positions=subject.compared,
             repeats=subject.repeats,
         )
 
-    def _keep(self, point: Point, result: dict[str, Any]) -> dict[str, Any]:
+    def _keep(self, point: Point, result: dict[str, Any]) -> Row:
         record = append_record(self.record, kind=KIND, argv=sys.argv, config=point, result=result)
-        return record["result"]
+        return row_of(record)
 
 
 def _measure(
-    subject: Subject, methods: Sequence[Method], dense: Method
+    subject: Subject, methods: Collection[Method], attentions: dict[Method, Any]
 ) -> Iterator[tuple[Method, dict[str, Any]]]:
     """Figures of one method after the other; dense attention reads the prompt first, once."""
     if not methods:
         return
-    run = read(subject, dense)
+    [dense, *_] = attentions
+    run = read(subject, attentions[dense])
     dense_hidden = run.hidden
     if dense in methods:
-        yield dense, figures(subject, dense, run, dense_hidden)
+        yield dense, figures(subject, run, dense_hidden)
     del run  # two caches at once are not needed
     for method in methods:
         if method != dense:
-            yield method, figures(subject, method, read(subject, method), dense_hidden)
+            yield method, figures(subject, read(subject, attentions[method]), dense_hidden)
 
 
-def _name(options: LoadOptions) -> str:
-    return Path(options.model).name
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompareSummary:
+    """Make the tables and the picture of `minference compare` again, from its record alone."""
+
+    record: Annotated[Path, tyro.conf.arg(metavar="PATH")] = Path("outputs/compare.jsonl")
+    """JSONL file of the rows; tables (.md) and picture (.png) go beside it."""
+
+    def run(self) -> None:
+        """Runs the command; raises UserError if there is no row of this version."""
+        console = Console()
+        groups, paths = write_report(self.record)
+        if not groups:
+            raise UserError(f"{self.record} holds no rows of `minference compare` as it is now")
+        console.width = max(console.width, WIDTH)
+        for group, lines in groups.items():
+            console.print(summary_table(group, lines), "")
+        for path in paths:
+            console.print(f"written: {path}", soft_wrap=True)

@@ -8,109 +8,168 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
-from experiments.compare.methods import Method
 from experiments.compare.prompts import Reading
-from minference_jax.metrics import next_token_kl, top1_agreement
+from experiments.compare.quality import force_answer, score_positions
 from minference_jax.search.cost import work_of
 from models import Model
 from models.common.cache import KVCache
-from models.common.capture import read_hidden, row_logits
+from models.common.capture import read_hidden
 from models.common.config import DecoderConfig
-from models.common.decoder import Params, decode_step, prefill
-
-# Distributions over the vocabulary held at a time.
-_POSITIONS = 64
-
-
-class Positions(NamedTuple):
-    """Comparison with dense at each of the last positions of a prompt.
-
-    Attributes:
-        kl: KL(dense || method) of the next token's distribution, in nats.
-        agrees: whether the likeliest next token is the same.
-        surprise: -log probability of the prompt's own next token under the method, in nats.
-    """
-
-    kl: Float[Array, " rows"]
-    agrees: Bool[Array, " rows"]
-    surprise: Float[Array, " rows"]
+from models.common.decoder import Params
+from pallas_kernels import BlockSparseIndex
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Subject:
     """A model, a prompt, and how it is measured.
 
+    Programs are compiled for `length`, `rows` and `capacity`; prompts that share these share them.
+
     Attributes:
         model: the model.
         reading: the prompt.
-        positions: last positions of the prompt that are compared.
-        repeats: timed runs of the prefill; 0 for none.
+        positions: last positions of the prompt that are compared; all of a shorter prompt.
+        answer_room: tokens of the longest answer of all prompts.
+        repeats: runs of the prefill, each timed.
     """
 
     model: Model
     reading: Reading
     positions: int
-    repeats: int
+    answer_room: int
+    repeats: int = 1
 
     @property
-    def tokens(self) -> Int[Array, "1 length"]:
-        """The prompt as the model reads it."""
-        return jnp.asarray([self.reading.tokens], jnp.int32)
+    def rows(self) -> int:
+        """Hidden rows that are kept."""
+        return min(self.positions, self.reading.length)
+
+    @property
+    def compared(self) -> int:
+        """How many of them are real."""
+        return min(self.rows, len(self.reading.tokens))
 
     @property
     def capacity(self) -> int:
-        """Tokens of prompt and answer."""
-        return len(self.reading.tokens) + len(self.reading.answer)
-
-    def attention(self, method: Method) -> Any:
-        """The method for the whole model; raises UserError if it is made for another."""
-        return method.attention(self.model.config.num_layers, self.model.config.num_heads)
+        """Tokens of a padded prompt and a padded answer."""
+        return self.reading.length + self.answer_room
 
 
 class Run(NamedTuple):
-    """A prompt that was read: the last hidden rows, the cache, work of every layer and head."""
+    """A prompt that was read.
+
+    Attributes:
+        hidden: the stream behind the layers at the positions compared, padding after them.
+        cache: of prompt and answer.
+        index: what every layer visited.
+        seconds: of each run, compilation apart if `programs.compile_all` came first.
+    """
 
     hidden: Float[Array, "rows embed"]
     cache: KVCache
-    work: dict[str, Any]
+    index: BlockSparseIndex
+    seconds: list[float]
 
 
-def read(subject: Subject, method: Method) -> Run:
-    """Reads the prompt; the rows are those of the positions compared."""
-    hidden, cache, work = read_hidden(
-        subject.model.params, subject.tokens, config=subject.model.config,
-        attention_fn=subject.attention(method), rows=subject.positions, capacity=subject.capacity,
-        observe=_observe_work,
+def read(subject: Subject, attention: Any) -> Run:
+    """Reads the prompt with the attention of a whole model."""
+    arguments, static = read_arguments(subject, attention, tokens=len(subject.reading.tokens))
+    seconds: list[float] = []
+    found: Any = None
+    for _ in range(subject.repeats):
+        found = None  # two caches at once are not needed
+        start = time.perf_counter()
+        found = jax.block_until_ready(run_read(*arguments, **static))
+        seconds.append(time.perf_counter() - start)
+    hidden, cache, index = found
+    return Run(hidden[0], cache, index, seconds)
+
+
+def read_arguments(
+    subject: Subject, attention: Any, *, tokens: int
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of `run_read`, those that are data and those that are static.
+
+    Args:
+        subject: the model and the prompt.
+        attention: the attention.
+        tokens: how many of the prompt's tokens are real.
+    """
+    model, reading = subject.model, subject.reading
+    ids = np.zeros((1, reading.length), np.int32)
+    ids[0, : len(reading.tokens)] = reading.tokens
+    # Dynamic rotary frequencies go by what the row will have in the end, not by its padding.
+    ends = tokens, len(reading.tokens) + len(reading.answer)
+    data = (ids, *(np.array([end], np.int32) for end in ends))
+    static = {"config": model.config, "rows": subject.rows, "capacity": subject.capacity}
+    return (model.params, *map(jnp.asarray, data), attention), static
+
+
+@functools.partial(jax.jit, static_argnames=("config", "rows", "capacity"))
+def run_read(
+    params: Params,
+    tokens: Int[Array, "1 length"],
+    lengths: Int[Array, " 1"],
+    rope_length: Int[Array, " 1"],
+    attention: Any,
+    *,
+    config: DecoderConfig,
+    rows: int,
+    capacity: int,
+) -> tuple[Float[Array, "1 rows embed"], KVCache, BlockSparseIndex]:
+    """`read_hidden` with the index of every layer; it is counted apart, not while time is taken."""
+    return read_hidden(
+        params, tokens, config=config, attention_fn=attention, lengths=lengths,
+        rope_length=rope_length, rows=rows, capacity=capacity, observe=_keep_index,
     )  # fmt: skip
-    return Run(hidden[0], cache, work)
 
 
-def figures(
-    subject: Subject, method: Method, run: Run, dense_hidden: Float[Array, "rows embed"]
-) -> dict[str, Any]:
+def _keep_index(attention, q, k, v, *, lengths, q_offset):
+    return attention.attend(q, k, v, lengths=lengths, q_offset=q_offset)
+
+
+@functools.partial(jax.jit, static_argnames="length")
+def count_work(
+    index: BlockSparseIndex, lengths: Int[Array, " 1"], *, length: int
+) -> dict[str, Float[Array, "layers heads"]]:
+    """What each head visits and executes, as shares of dense attention; a layer at a time."""
+
+    def one_layer(index):
+        work = {
+            name: work_of(index, length, lengths, measure)
+            for name, measure in (("visited", "density"), ("executed", "flops"))
+        }
+        return {name: count.sparse / count.dense for name, count in work.items()}
+
+    return jax.lax.map(one_layer, index)
+
+
+def figures(subject: Subject, run: Run, dense_hidden: Float[Array, "rows embed"]) -> dict[str, Any]:
     """Everything that is recorded of a run; uses up its cache.
 
     Args:
         subject: what was measured.
-        method: the method.
-        run: what `read` returned for it.
+        run: what `read` returned for a method.
         dense_hidden: the rows that `read` returned for dense attention.
     """
-    model, reading = subject.model, subject.reading
-    targets = jnp.asarray([*reading.tokens[1:], 0][-subject.positions :], jnp.int32)
+    model, reading, compared = subject.model, subject.reading, subject.compared
+    end = len(reading.tokens)
+    targets = np.zeros(subject.rows, np.int32)
+    targets[: compared - 1] = reading.tokens[end - compared + 1 :]
     scored = score_positions(
-        model.params, run.hidden, dense_hidden, targets, config=model.config
-    )  # fmt: skip
-    kl, agrees, surprise = (np.asarray(x, np.float64) for x in scored)
-    shares = {name: _share(work) for name, work in run.work.items()}
+        model.params, run.hidden, dense_hidden, jnp.asarray(targets), config=model.config
+    )
+    kl, agrees, surprise = (np.asarray(x, np.float64)[:compared] for x in scored)
+    counted = count_work(run.index, jnp.asarray([end], jnp.int32), length=reading.length)
+    visited, executed = (np.asarray(counted[x], np.float64) for x in ("visited", "executed"))
     result: dict[str, Any] = {
-        "positions": subject.positions,
-        "executed": float(shares["executed"].mean()),
-        "visited": float(shares["visited"].mean()),
-        "executed_by_head": np.round(shares["executed"], 5),
-        "visited_by_head": np.round(shares["visited"], 5),
+        "positions": compared,
+        "executed": float(executed.mean()),
+        "visited": float(visited.mean()),
+        "executed_by_head": np.round(executed, 5),
+        "visited_by_head": np.round(visited, 5),
         "kl": float(kl.mean()),
         "kl_of_next_token": float(kl[-1]),
         "top1": float(agrees.mean()),
@@ -118,116 +177,16 @@ def figures(
         "perplexity": float(np.exp(surprise[:-1].mean())),
         "answer_probability": None,
         "answer_right": None,
-        "compile_seconds": None,
-        "prefill_seconds": [],
+        "prefill_seconds": run.seconds,
     }
-    if reading.answer:
-        answer = jnp.asarray(reading.answer, jnp.int32)
+    if number := len(reading.answer):
+        answer = np.zeros(subject.answer_room, np.int32)
+        answer[:number] = reading.answer
         surprises, likeliest, _ = force_answer(
-            model.params, run.hidden[-1], answer, run.cache, config=model.config
-        )
-        result["answer_probability"] = float(np.exp(-np.asarray(surprises, np.float64).sum()))
-        result["answer_right"] = bool(np.all(likeliest))
-    if subject.repeats:
-        result["compile_seconds"], result["prefill_seconds"] = _timed(subject, method)
+            model.params, run.hidden[compared - 1], jnp.asarray(answer), jnp.int32(number),
+            run.cache, config=model.config,
+        )  # fmt: skip
+        surprises = np.asarray(surprises, np.float64)[:number]
+        result["answer_probability"] = float(np.exp(-surprises.sum()))
+        result["answer_right"] = bool(np.all(likeliest[:number]))
     return result
-
-
-@functools.partial(jax.jit, static_argnames="config")
-def score_positions(
-    params: Params,
-    hidden: Float[Array, "rows embed"],
-    dense_hidden: Float[Array, "rows embed"],
-    targets: Int[Array, " rows"],
-    *,
-    config: DecoderConfig,
-) -> Positions:
-    """Compares hidden rows with those of dense attention, a few distributions at a time.
-
-    Args:
-        params: the tree described in `models.common.decoder`.
-        hidden: rows of the stream behind the layers.
-        dense_hidden: the same rows under dense attention.
-        targets: the token that follows each row.
-        config: the model's hyper-parameters.
-    """
-    rows = hidden.shape[0]
-    chunks = -(-rows // _POSITIONS)
-
-    def split(x):
-        room = ((0, chunks * _POSITIONS - rows), *((0, 0),) * (x.ndim - 1))
-        return jnp.pad(x, room).reshape(chunks, _POSITIONS, *x.shape[1:])
-
-    def one(chunk):
-        hidden, dense_hidden, targets = chunk
-        logits, dense = (row_logits(params, x, config=config) for x in (hidden, dense_hidden))
-        own = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[:, None], axis=1)[:, 0]
-        return Positions(next_token_kl(logits, dense), top1_agreement(logits, dense), -own)
-
-    scored = jax.lax.map(one, jax.tree.map(split, (hidden, dense_hidden, targets)))
-    return jax.tree.map(lambda x: x.reshape(-1)[:rows], scored)
-
-
-@functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
-def force_answer(
-    params: Params,
-    hidden: Float[Array, " embed"],
-    answer: Int[Array, " answer"],
-    cache: KVCache,
-    *,
-    config: DecoderConfig,
-) -> tuple[Float[Array, " answer"], Bool[Array, " answer"], KVCache]:
-    """Reads the right answer after a prompt, token by token, densely over the prompt's cache.
-
-    Args:
-        params: the tree described in `models.common.decoder`.
-        hidden: the prompt's last row of the stream behind the layers.
-        answer: tokens of the answer.
-        cache: of the prompt, with room for the answer; it is used up.
-        config: the model's hyper-parameters.
-
-    Returns:
-        -log probability of each token in nats; whether it is the likeliest (if all are, greedy
-        decoding gives exactly this answer); and the cache.
-    """
-
-    def step(carry, token):
-        logits, cache = carry
-        surprise = -jax.nn.log_softmax(logits[0])[token]
-        likeliest = jnp.argmax(logits[0]) == token
-        return decode_step(params, token[None], cache, config=config), (surprise, likeliest)
-
-    logits = row_logits(params, hidden[None], config=config)
-    (_, cache), (surprises, likeliest) = jax.lax.scan(step, (logits, cache), answer)
-    return surprises, likeliest, cache
-
-
-def _observe_work(attention, q, k, v, *, lengths, q_offset):
-    """Attends, and counts what each head visits and executes, as shares of dense attention."""
-    out, index = attention.attend(q, k, v, lengths=lengths, q_offset=q_offset)
-    count = lambda measure: work_of(index, q.shape[1], lengths, measure)
-    return out, {"visited": count("density"), "executed": count("flops")}
-
-
-def _share(work: Any) -> Float[np.ndarray, "layers heads"]:
-    return np.asarray(work.sparse, np.float64) / np.asarray(work.dense, np.float64)
-
-
-@functools.partial(jax.jit, static_argnames=("config", "capacity"))
-def _prefill(params, tokens, attention, *, config, capacity):
-    return prefill(params, tokens, config=config, attention_fn=attention, capacity=capacity)
-
-
-def _timed(subject: Subject, method: Method) -> tuple[float, list[float]]:
-    """Seconds to compile the prefill, and of each run of it: nothing is observed meanwhile."""
-    model = subject.model
-    arguments = (model.params, subject.tokens, subject.attention(method))
-    start = time.perf_counter()
-    static = {"config": model.config, "capacity": subject.capacity}
-    compiled = _prefill.lower(*arguments, **static).compile()
-    compiling, seconds = time.perf_counter() - start, []
-    for _ in range(subject.repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(compiled(*arguments))
-        seconds.append(time.perf_counter() - start)
-    return compiling, seconds

@@ -7,6 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
+
 import minference_jax as mj
 from experiments.common.errors import UserError, one_line
 
@@ -81,9 +84,13 @@ def parse_method(spec: str) -> Method:
     name, _, rest = spec.partition(":")
     if name == "patterns":
         return _from_file(Path(rest), spec)
+    if name == "shuffled":
+        path, _, seed = rest.rpartition(",")
+        if not (path and seed.isdecimal()):
+            path, seed = rest, "0"
+        return _from_file(Path(path), spec, seed=int(seed))
     if name not in FAMILIES:
-        known = ", ".join(family.usage(name) for name, family in FAMILIES.items())
-        raise UserError(f"--methods: {spec!r} is no method; known: {known}, patterns:FILE")
+        raise UserError(f"--methods: {spec!r} is no method; known: {usage()}")
     family = FAMILIES[name]
     words = rest.split(",") if rest else []
     if not family.required <= len(words) <= len(family.numbers):
@@ -114,13 +121,15 @@ def _number(word: str, name: str, kind: type, spec: str) -> Number:
         raise UserError(f"--methods: {spec!r}: {name} must be {wanted}, got {word!r}") from None
 
 
-def _from_file(path: Path, spec: str) -> Method:
+def _from_file(path: Path, spec: str, *, seed: int | None = None) -> Method:
+    """The patterns of a file; with a seed, dealt to random heads of all layers."""
+    family = "patterns" if seed is None else "shuffled"
     try:
         patterns = mj.HeadPatterns.load(path)
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
     except (OSError, ValueError) as error:
         raise UserError(
-            f"--methods: {spec!r}: expected patterns:FILE with a pattern file; {one_line(error)}"
+            f"--methods: {spec!r}: expected {family}:FILE with a pattern file; {one_line(error)}"
         ) from error
 
     def attention(layers: int, heads: int) -> Any:
@@ -129,11 +138,17 @@ def _from_file(path: Path, spec: str) -> Method:
                 f"{path} describes {patterns.num_layers} layers of {patterns.num_heads} heads, but "
                 f"the model has {layers} layers of {heads} heads; use a file made for this model"
             )
-        return mj.SparseAttention(patterns)
+        return mj.SparseAttention(patterns if seed is None else _shuffled(patterns, seed))
 
     # A label has no folders: they are this machine's business.
-    label = f"patterns:{path.name}"
-    return Method(family="patterns", label=label, sha256=digest, attention=attention)
+    label = f"{family}:{path.name}" + ("" if seed is None else f",{seed}")
+    return Method(family=family, label=label, sha256=digest, attention=attention)
+
+
+def _shuffled(patterns: mj.HeadPatterns, seed: int) -> mj.HeadPatterns:
+    """The same patterns at other heads: the baseline of an assignment that means something."""
+    order = np.random.default_rng(seed).permutation(patterns.kind.size)
+    return jax.tree.map(lambda x: x.reshape(-1)[order].reshape(x.shape), patterns)
 
 
 def _uniform(pattern: mj.Pattern, layers: int, heads: int) -> mj.SparseAttention:
@@ -144,8 +159,13 @@ def _adaptive(estimator: mj.Estimator, layers: int, heads: int) -> mj.AdaptiveAt
     return mj.AdaptiveAttention(estimator).for_layers(layers)
 
 
-def _hybrid(alpha: float, num_columns: int) -> mj.Estimator:
-    return mj.WithColumns(mj.BlockThreshold(alpha), num_columns)
+def _threshold(alpha: float, pooled_rows: int = 1) -> mj.BlockThreshold:
+    _check_divides("pooled_rows", pooled_rows)
+    return mj.BlockThreshold(alpha, pooled_rows=pooled_rows)
+
+
+def _hybrid(alpha: float, num_columns: int, pooled_rows: int = 1) -> mj.Estimator:
+    return mj.WithColumns(_threshold(alpha, pooled_rows), num_columns)
 
 
 def _diagonals(num_diagonals: int, num_columns: int = 0) -> mj.Estimator:
@@ -154,10 +174,14 @@ def _diagonals(num_diagonals: int, num_columns: int = 0) -> mj.Estimator:
 
 
 def _x_attention(tau: float, stride: int = 16) -> mj.Estimator:
-    block = mj.Layout().block_q
-    if stride < 1 or block % stride:
-        raise ValueError(f"stride must divide {block}, got {stride}")
+    _check_divides("stride", stride)
     return mj.XAttention(tau, stride)
+
+
+def _check_divides(name: str, value: int) -> None:
+    block = mj.Layout().block_q
+    if value < 1 or block % value:
+        raise ValueError(f"{name} must divide {block}, got {value}")
 
 
 def _triangle(first_triangle: int, **sizes: int) -> tuple[int, mj.TriShape]:
@@ -189,11 +213,19 @@ FAMILIES: dict[str, Family] = {
     "vertical_slash": Family({**_LINES, **_WINDOW}, mj.VerticalSlash, _uniform, 2),
     "block_sparse": Family({"num_blocks": int}, mj.BlockSparse, _uniform, 1),
     "triangle_mix": Family({"first_triangle": int, **_TRIANGLE}, _triangle, _mixed, 4),
-    "threshold": Family({"alpha": float}, mj.BlockThreshold, _adaptive, 1),
-    "hybrid": Family({"alpha": float, "num_columns": int}, _hybrid, _adaptive, 2),
+    "threshold": Family({"alpha": float, "pooled_rows": int}, _threshold, _adaptive, 1),
+    "hybrid": Family(
+        {"alpha": float, "num_columns": int, "pooled_rows": int}, _hybrid, _adaptive, 2
+    ),
     "xattention": Family({"tau": float, "stride": int}, _x_attention, _adaptive, 1),
     "flexprefill": Family(
         {"gamma": float, "tau": float, "min_budget": int}, mj.FlexPrefill, _adaptive, 1
     ),
     "diagonals": Family({"num_diagonals": int, "num_columns": int}, _diagonals, _adaptive, 1),
 }
+
+
+def usage() -> str:
+    """How all methods are written."""
+    families = (family.usage(name) for name, family in FAMILIES.items())
+    return ", ".join([*families, "patterns:FILE", "shuffled:FILE[,SEED]"])

@@ -2,20 +2,47 @@
 
 import dataclasses
 import hashlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
+from typing import NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 from experiments.common.errors import UserError, reported_as_user_error
 from experiments.common.options import OptionalPath, at_least
-from experiments.common.prompts import Prompt, fit_prompt, read_book
+from experiments.common.prompts import (
+    QUESTIONS,
+    Prompt,
+    Task,
+    book_of,
+    build_prompt,
+    fit_prompt,
+    read_book,
+)
 from experiments.common.session import encode
-from experiments.search.options import CalibrationOptions
 from models import Model
 from models.common.checks import check_context
 
-Task = Literal["book", "needle", "key_value"]
+# The task of a prompt that is a file.
+FILE = "file"
+
+
+class Source(NamedTuple):
+    """A prompt before it is tokens.
+
+    Attributes:
+        name: the task and its seed, or the file.
+        task: the task, or `FILE`.
+        build: makes it from a size, or from any if it is a file.
+        length: tokens wanted; None for a file, whose length is what it is.
+    """
+
+    name: str
+    task: str
+    build: Callable[[int], Prompt]
+    length: int | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,11 +50,13 @@ class ComparePrompts:
     """The prompts."""
 
     tasks: tuple[Task, ...] = ("book", "needle")
-    """A book, a number hidden in a book, retrieval from pairs of random UUIDs."""
+    """A book, Python source, a number hidden in a book (or among other such numbers), retrieval
+    from pairs of random UUIDs."""
     text: OptionalPath = None
-    """Book for the former two: a UTF-8 file or a folder of .txt files; if not given, a chapter."""
+    """Book of book, needle and multi_needle: a UTF-8 file or a folder of .txt files; if not given,
+    a chapter."""
     length: int = 4096
-    """Tokens of each of these prompts."""
+    """Tokens that each of these prompts fills, as nearly as it can."""
     prompts: int = 1
     """Prompts of each task, made with the seed and the ones after it."""
     seed: int = 0
@@ -46,19 +75,24 @@ class ComparePrompts:
         for name, values in (("tasks", self.tasks), ("prompt-files", self.prompt_files)):
             if len(set(values)) < len(values):
                 raise UserError(f"--{name} names one of them twice; see --prompts and --seed")
-        if self.text is not None and not {"book", "needle"} & set(self.tasks):
-            raise UserError("--text belongs to --tasks book and needle, which are not asked for")
 
-    def read(self) -> list[tuple[str, CalibrationOptions | str]]:
-        """Returns each prompt's name, and its options or its text; raises UserError."""
-        found: list[tuple[str, CalibrationOptions | str]] = []
-        for task in self.tasks:
-            text = None if task == "key_value" else self.text
-            for seed in range(self.seed, self.seed + self.prompts):
-                options = CalibrationOptions(task=task, text=text, length=self.length, seed=seed)
-                _ = options.book  # a missing file is told before the model is loaded
-                found.append((f"{task} {seed}", options))
-        return [*found, *((path.name, read_book(path)) for path in self.prompt_files)]
+    def read(self) -> list[Source]:
+        """Returns the prompts; raises UserError for a text that is missing, or not asked for."""
+        book = book_of(self.tasks, self.text)
+        seeds = range(self.seed, self.seed + self.prompts)
+        files = [(path.name, Prompt(text=read_book(path))) for path in self.prompt_files]
+        return [
+            *(
+                Source(f"{task} {seed}", task, _builder(task, seed, book), self.length)
+                for task in self.tasks
+                for seed in seeds
+            ),
+            *(Source(name, FILE, lambda _, prompt=prompt: prompt, None) for name, prompt in files),
+        ]
+
+
+def _builder(task: Task, seed: int, book: str) -> Callable[[int], Prompt]:
+    return lambda size: build_prompt(task, size, seed=seed, book=book)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,13 +101,17 @@ class Reading:
 
     Attributes:
         name: the task and its seed, or the file.
+        task: the task.
         tokens: of the prompt, the beginning of the answer among them.
         answer: of what the answer goes on with, empty if nothing is asked.
+        length: tokens that the prompt is padded to, so that all of a task share their programs.
     """
 
     name: str
+    task: str
     tokens: list[int]
     answer: list[int]
+    length: int
 
     @property
     def sha256(self) -> str:
@@ -82,18 +120,26 @@ class Reading:
         return hashlib.sha256(ids.tobytes()).hexdigest()
 
 
-def tokenise(model: Model, name: str, source: CalibrationOptions | str, *, chat: bool) -> Reading:
+def tokenise_all(model: Model, sources: Sequence[Source], *, chat: bool) -> list[Reading]:
+    """Returns the tokens of all prompts; raises UserError as `tokenise`."""
+    with ThreadPoolExecutor() as pool:  # tokenizers leave Python while they work
+        readings = pool.map(lambda source: tokenise(model, source, chat=chat), sources)
+        return [*tqdm(readings, "tokenising", len(sources), unit="prompt", disable=None)]
+
+
+def tokenise(model: Model, source: Source, *, chat: bool) -> Reading:
     """Returns a prompt's tokens; raises UserError if text or context are too short for it."""
-    if isinstance(source, str):
-        tokens = encode(model, source, chat=chat, max_new_tokens=0)[0].tolist()
+    name, task = source.name, source.task
+    if source.length is None:
+        tokens = encode(model, source.build(0).text, chat=chat, max_new_tokens=0)[0].tolist()
         if len(tokens) < 2:
             raise UserError(f"{name} has {len(tokens)} tokens; at least 2 are needed")
-        return Reading(name=name, tokens=tokens, answer=[])
-    templated = chat and model.tokenizer.has_chat_template
+        return Reading(name=name, task=task, tokens=tokens, answer=[], length=len(tokens))
+    templated = chat and model.tokenizer.has_chat_template and task in QUESTIONS
 
     def whole(size: int) -> Prompt:
-        prompt = source.build(size, source.seed)
-        if not prompt.answer:
+        prompt = source.build(size)
+        if task not in QUESTIONS:
             return prompt
         if templated:
             turns = [{"role": "user", "content": prompt.text}]
@@ -104,8 +150,7 @@ def tokenise(model: Model, name: str, source: CalibrationOptions | str, *, chat:
 
     def ids(text: str) -> list[int]:
         # A chat template writes the first token itself.
-        special = not (templated and source.task != "book")
-        return model.tokenizer.encode(text, add_special_tokens=special)
+        return model.tokenizer.encode(text, add_special_tokens=not templated)
 
     with reported_as_user_error(ValueError):
         check_context(source.length, model.config)
@@ -116,4 +161,5 @@ def tokenise(model: Model, name: str, source: CalibrationOptions | str, *, chat:
             same = np.cumprod([a == b for a, b in zip(tokens, both, strict=False)]).sum()
             tokens = both[:same]
         check_context(len(both), model.config)
-    return Reading(name=name, tokens=tokens, answer=both[len(tokens) :])
+    answer = both[len(tokens) :]
+    return Reading(name=name, task=task, tokens=tokens, answer=answer, length=source.length)

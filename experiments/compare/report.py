@@ -1,9 +1,9 @@
-"""A comparison as one table and one picture."""
+"""A comparison's rows as a table, and what is made from its record: Markdown and a picture."""
 
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -12,64 +12,32 @@ from matplotlib.ticker import PercentFormatter
 from rich.table import Table
 
 from experiments.common.plotting import new_figure, save
-from experiments.compare.methods import Method
+from experiments.compare.rows import Row, read_all
+from experiments.compare.summary import Group, Line, markdown, summarise
 
 # Divergences below this are rounding: a logarithm needs a floor.
 _FLOOR = 1e-8
-# Columns of text that the table needs.
-WIDTH = 100
+# Columns of text that the tables need.
+WIDTH = 120
 _MARKERS = "os^vDPX<>*phd"
 
 
-class Row(NamedTuple):
-    """One method on one prompt."""
-
-    prompt: str
-    method: Method
-    result: dict[str, Any]
-
-
 def table(rows: Sequence[Row]) -> Table:
-    """All rows, prompt after prompt, and the means over prompts if there are several."""
+    """All rows, prompt after prompt."""
     result = Table(box=None, pad_edge=False)
     result.add_column("method", no_wrap=True)
     for name in ("executed", "visited", "KL", "top-1", "perplexity", "answer", "right", "prefill"):
         result.add_column(name, justify="right", no_wrap=True)
-    prompts = list(dict.fromkeys(row.prompt for row in rows))
-    sections = {prompt: [row for row in rows if row.prompt == prompt] for prompt in prompts}
-    if len(prompts) > 1:
-        sections[f"mean of {len(prompts)} prompts"] = means(rows)
-    for prompt, section in sections.items():
+    for prompt in dict.fromkeys(row.point.prompt for row in rows):
         result.add_row(f"[bold]{prompt}[/bold]")
-        for row in section:
-            result.add_row(f"  {row.method.label}", *_cells(row.result))
+        for row in rows:
+            if row.point.prompt == prompt:
+                result.add_row(f"  {row.point.method}", *_cells(row.result))
     return result
 
 
-def means(rows: Sequence[Row]) -> list[Row]:
-    """One row for each method: means over the prompts, of the perplexity the geometric one."""
-    by_method: dict[Method, list[dict[str, Any]]] = {}
-    for row in rows:
-        by_method.setdefault(row.method, []).append(row.result)
-    return [Row("mean", method, _mean(results)) for method, results in by_method.items()]
-
-
-def _mean(results: list[dict[str, Any]]) -> dict[str, Any]:
-    def mean(name: str) -> float | None:
-        values = [result[name] for result in results if result[name] is not None]
-        return float(np.mean(values)) if values else None
-
-    names = ("executed", "visited", "kl", "top1", "answer_probability", "answer_right")
-    times = [np.median(r["prefill_seconds"]) for r in results if r["prefill_seconds"]]
-    return {
-        **{name: mean(name) for name in names},
-        "perplexity": float(np.exp(np.mean([np.log(r["perplexity"]) for r in results]))),
-        "prefill_seconds": [float(np.mean(times))] if times else [],
-    }
-
-
 def _cells(result: dict[str, Any]) -> list[str]:
-    answer, seconds = result["answer_probability"], result["prefill_seconds"]
+    answer, right = result["answer_probability"], result["answer_right"]
     return [
         f"{result['executed']:.1%}",
         f"{result['visited']:.1%}",
@@ -77,55 +45,80 @@ def _cells(result: dict[str, Any]) -> list[str]:
         f"{result['top1']:.1%}",
         f"{result['perplexity']:.3f}",
         "" if answer is None else f"{answer:.3f}",
-        _right(result["answer_right"]),
-        f"{np.median(seconds):.2f} s" if seconds else "",
+        "" if right is None else ("yes" if right else "no"),
+        f"{np.median(result['prefill_seconds']):.3g} s",
     ]
 
 
-def _right(share: bool | float | None) -> str:
-    """Whether the answer is right, or of a mean how often."""
-    if share is None:
-        return ""
-    return ("yes" if share else "no") if isinstance(share, bool) else f"{share:.0%}"
+def write_report(record: Path) -> tuple[dict[Group, list[Line]], list[Path]]:
+    """Makes Markdown and picture from the record alone, beside it.
+
+    Returns:
+        The lines of each model and length, and the paths written; neither if there is no row.
+
+    Raises:
+        UserError: the record cannot be read.
+    """
+    groups = summarise(read_all(record))
+    if not groups:
+        return {}, []
+    text = record.with_suffix(".md")
+    text.write_text(markdown(groups), encoding="utf-8")
+    return groups, [text, picture(groups, path=record.with_suffix(".png"))]
 
 
-def picture(rows: Sequence[Row], *, title: str, path: Path) -> Path:
+def picture(groups: dict[Group, list[Line]], *, path: Path) -> Path:
     """Writes the picture: divergence from dense against what is executed, a line for each family.
 
-    Every point is the mean over the prompts.
+    Every point is a mean over prompts.
     """
-    figure, [axes] = new_figure(7.6, 5.2)
-    draw_quality(axes, means(rows))
-    prompts = len({row.prompt for row in rows})
-    axes.set_title(textwrap.fill(title + (f" (mean of {prompts})" if prompts > 1 else ""), 90))
+    across = min(3, len(groups))
+    down = -(-len(groups) // across)
+    figure, axes = new_figure(5.6 * across + 1.6, 5.0 * down, across, down)
+    families = dict.fromkeys(line.family for lines in groups.values() for line in lines)
+    order = [family for family in families if family != "dense"]
+    for part, (group, lines) in zip(axes, groups.items(), strict=False):
+        draw_quality(part, lines, order)
+        part.set_title(textwrap.fill(group.title, 60))
+    for unused in axes[len(groups) :]:
+        unused.set_axis_off()
+    drawn = {line.get_label(): line for part in axes for line in part.get_lines()}
+    handles = [drawn[family] for family in order]
+    if handles:
+        figure.legend(handles, order, frameon=False, fontsize=7, loc="outside right upper")
     return save(figure, path)
 
 
-def draw_quality(axes: Axes, rows: Sequence[Row]) -> None:
-    """Draws mean rows; dense attention is the reference that nothing diverges from."""
+def draw_quality(axes: Axes, lines: Sequence[Line], order: Sequence[str]) -> None:
+    """Draws one group; dense attention is the reference that nothing diverges from.
+
+    Args:
+        axes: where.
+        lines: of the group.
+        order: families, which take their colours and markers in this order.
+    """
     axes.set_yscale("log")
-    families: dict[str, list[Row]] = {}
-    for row in rows:
-        families.setdefault(row.method.family, []).append(row)
     colours = mpl.colormaps["tab20"]([*range(0, 20, 2), *range(1, 20, 2)])
-    sparse = {name: found for name, found in families.items() if name != "dense"}
-    for number, (family, found) in enumerate(sparse.items()):
-        found = sorted(found, key=lambda row: row.result["executed"])
-        x = [row.result["executed"] for row in found]
-        y = [max(row.result["kl"], _FLOOR) for row in found]
+    for number, family in enumerate(order):
+        found = [line for line in lines if line.family == family]
+        if not found:
+            continue
+        x = [line.executed for line in found]
+        y = [max(line.kl, _FLOOR) for line in found]
         style = {"color": colours[number % len(colours)], "marker": _MARKERS[number % 13]}
         axes.plot(x, y, label=family, linewidth=1.2, markersize=5, **style)
-        for row, at in zip(found, zip(x, y, strict=True), strict=True):
-            _, _, budget = row.method.label.partition(":")
+        for line, at in zip(found, zip(x, y, strict=True), strict=True):
+            _, _, budget = line.method.partition(":")
             axes.annotate(
                 budget, at, xytext=(4, 3), textcoords="offset points", fontsize=6, color="0.35"
             )
-    for row in families.get("dense", []):
-        axes.axvline(row.result["executed"], color="0.4", linestyle="--", linewidth=1)
-        axes.annotate(
-            "dense: KL 0", (row.result["executed"], 1), xycoords=("data", "axes fraction"),
-            xytext=(-4, -4), textcoords="offset points", ha="right", va="top", fontsize=7,
-        )  # fmt: skip
+    for line in lines:
+        if line.family == "dense":
+            axes.axvline(line.executed, color="0.4", linestyle="--", linewidth=1)
+            axes.annotate(
+                "dense: KL 0", (line.executed, 1), xycoords=("data", "axes fraction"),
+                xytext=(-4, -4), textcoords="offset points", ha="right", va="top", fontsize=7,
+            )  # fmt: skip
     axes.set(
         xlabel="key tiles executed, of dense attention's",
         ylabel="next-token KL from dense (nats, mean over positions)",
@@ -133,5 +126,3 @@ def draw_quality(axes: Axes, rows: Sequence[Row]) -> None:
     )
     axes.xaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
     axes.grid(which="major", color="0.92")
-    if sparse:
-        axes.figure.legend(frameon=False, fontsize=7, loc="outside right upper")

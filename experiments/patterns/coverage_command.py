@@ -34,7 +34,7 @@ class Coverage(PromptAnalysis):
     """
 
     calibration: CalibrationOptions = dataclasses.field(
-        default=CalibrationOptions(task="book", prompts=2)
+        default=CalibrationOptions(tasks=("book",), prompts=2)
     )
     shares: tuple[float, ...] = (1 / 128, 1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4)
     """How many keys are kept, as shares of the prompt."""
@@ -71,7 +71,7 @@ class Coverage(PromptAnalysis):
             "ks": ks,
             **{name: _figures(x) for name, x in kept.items()},
         }
-        title = f"{Path(self.model.model).name}, {self.calibration.task}, {length:,} tokens"
+        title = f"{Path(self.model.model).name}, {self.calibration.describe()}, {length:,} tokens"
         at = self.shares.index(self.map_share)
         pictures = [
             save(_curves(kept, ks, length, title), self.output / "coverage.png"),

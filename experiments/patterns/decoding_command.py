@@ -69,7 +69,8 @@ class Decoding(PromptAnalysis):
             "static_by_head": np.round(kept.static.mean(axis=2).astype(float), 4),
             "dynamic_by_head": np.round(kept.dynamic.mean(axis=2).astype(float), 4),
         }
-        title = f"{Path(self.model.model).name}, {self.calibration.task}, prompt {prompt:,} tokens"
+        name, tasks = Path(self.model.model).name, self.calibration.describe()
+        title = f"{name}, {tasks}, prompt {prompt:,} tokens"
         picture = save(_picture(kept, ks, title), self.output / "decoding.png")
         self.keep(console, "decoding", result, picture)
 

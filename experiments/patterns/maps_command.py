@@ -53,7 +53,7 @@ class Maps(PromptAnalysis):
         """Runs the analysis; raises UserError if an input cannot be used."""
         progress, console = Console(stderr=True), Console()
         self.attention.check_readable()
-        model, tokens = self.open(prompts=self.calibration.prompts)
+        model, tokens = self.open(prompts=len(self.calibration.wanted))
         layers, heads = model.config.num_layers, model.config.num_heads
         if any(layer >= layers or head >= heads for layer, head in self.heads):
             raise UserError(

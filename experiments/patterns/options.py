@@ -18,7 +18,7 @@ from experiments.search.calibrate import encode_prompts
 from experiments.search.options import CalibrationOptions
 from models import Model
 
-_BOOK = CalibrationOptions(task="book")
+_BOOK = CalibrationOptions(tasks=("book",))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,8 +67,8 @@ class PromptAnalysis(Analysis):
         Raises:
             UserError: an input cannot be used; as far as possible before the model is loaded.
         """
-        if self.calibration.prompts != prompts:
-            raise UserError(f"--prompts must be {prompts} here, got {self.calibration.prompts}")
+        if (wanted := len(self.calibration.wanted)) != prompts:
+            raise UserError(f"--tasks and --prompts must make {prompts} prompts here, got {wanted}")
         _ = self.calibration.book
         self.check_writable()
         model = load(self.model, Console(stderr=True))

@@ -76,7 +76,7 @@ class Recall(PromptAnalysis):
             "rows": len(rows),
             **{name: _figures(x) for name, x in {**curves, "top_k": top_k}.items()},
         }
-        title = f"{Path(self.model.model).name}, {self.calibration.task}, {length:,} tokens"
+        title = f"{Path(self.model.model).name}, {self.calibration.describe()}, {length:,} tokens"
         picture = save(_picture(curves, top_k, title), self.output / "recall.png")
         self.keep(console, "recall", result, picture)
 

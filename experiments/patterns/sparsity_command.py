@@ -100,7 +100,7 @@ class Sparsity(PromptAnalysis):
             **{name: x.mean(axis=(2, 3)) for name, x in curves._asdict().items()},
             "executed_by_layer": np.round(curves.executed.mean(axis=3).astype(float), 4),
         }
-        title = f"{Path(self.model.model).name}, {self.calibration.task}"
+        title = f"{Path(self.model.model).name}, {self.calibration.describe()}"
         picture = save(_picture(names, lengths, curves, title), self.output / "sparsity.png")
         self.keep(console, "sparsity", result, picture)
 

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 import minference_jax as mj
 from experiments.common.errors import reported_as_user_error
-from experiments.common.prompts import fit_prompt
+from experiments.common.prompts import QUESTIONS, Task, fit_prompt
 from experiments.search.options import CalibrationOptions, SpaceOptions
 from minference_jax.search import (
     Calibration,
@@ -37,22 +37,21 @@ def encode_prompts(model: Model, options: CalibrationOptions) -> list[list[int]]
         check_context(options.length, model.config)
     tokenizer = model.tokenizer
 
-    def encode(text: str) -> list[int]:
-        if options.chat and options.task != "book" and tokenizer.has_chat_template:
+    def encode(text: str, task: Task) -> list[int]:
+        if options.chat and task in QUESTIONS and tokenizer.has_chat_template:
             text = tokenizer.apply_chat_template([{"role": "user", "content": text}])
             return tokenizer.encode(text, add_special_tokens=False)
         return tokenizer.encode(text)
 
-    seeds = range(options.seed, options.seed + options.prompts)
-    texts = [
-        fit_prompt(
-            lambda size, seed=seed: options.build(size, seed),
-            lambda text: len(encode(text)),
+    def one(task: Task, seed: int) -> list[int]:
+        prompt = fit_prompt(
+            lambda size: options.build(task, size, seed),
+            lambda text: len(encode(text, task)),
             options.length,
-        ).text
-        for seed in seeds
-    ]
-    return [encode(text) for text in texts]
+        )
+        return encode(prompt.text, task)
+
+    return [one(task, seed) for task, seed in options.wanted]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -120,7 +120,7 @@ class Search:
         if self.space.original:
             paths.append(("MInference's format", self.output / "best_pattern.json"))
             save_original(found.patterns, paths[1][1], scores=found.of_chosen(self.space.objective))
-        title = f"{Path(self.model.model).name}: {self.calibration.task}, {found.describe()}"
+        title = f"{Path(self.model.model).name}: {self.calibration.describe()}, {found.describe()}"
         picture = search_picture(found, title=title, path=self.output / "patterns.png")
         return [*paths, ("picture", picture)]
 

@@ -118,32 +118,35 @@ def read_hidden(
     *,
     config: DecoderConfig,
     attention_fn: AttentionFn,
+    lengths: Int[Array, " batch"],
+    rope_length: Int[Array, " batch"],
     rows: int,
     capacity: int,
     observe: Observe,
 ) -> tuple[Float[Array, "batch rows embed"], KVCache, Any]:
-    """Reads prompts of equal length, as `models.common.decoder.prefill`, and keeps hidden rows.
+    """Reads prompts, as `models.common.decoder.prefill`, and keeps hidden rows.
 
     Args:
         params: the tree described in `models.common.decoder`.
-        tokens: prompts.
+        tokens: prompts, right-padded.
         config: the model's hyper-parameters.
         attention_fn: a pytree whose array leaves have a leading `[layers]` axis.
-        rows: how many of the last rows to keep, 1 to s.
-        capacity: tokens the cache can hold; also the length that decides dynamic rotary
-            frequencies.
+        lengths: real tokens of each prompt.
+        rope_length: the length each prompt will have in the end, as in `prefill`.
+        rows: how many of the last real rows to keep, 1 to s.
+        capacity: tokens the cache can hold.
         observe: called instead of each layer's attention, as in `prefill`.
 
     Returns:
-        The last rows of the residual stream behind the layers, the cache, and what was observed,
-        stacked over layers.
+        The last real rows of the residual stream behind the layers (of a prompt with fewer: all of
+        them, and padding after them), the cache, and what was observed, stacked over layers.
 
     Raises:
         ValueError: as `prefill`, and for rows or a capacity that do not suit the prompts.
     """
-    check_prompt(tokens, None, config)
+    check_prompt(tokens, lengths, config)
     check_attention(attention_fn, config.num_layers)
-    batch, length = tokens.shape
+    length = tokens.shape[1]
     if not 1 <= rows <= length:
         raise ValueError(f"`rows` must be within 1..{length}, the prompts' length; got {rows}")
     if capacity < length:
@@ -151,8 +154,8 @@ def read_hidden(
             f"`capacity` must be at least {length}, the prompts' length; got {capacity}"
         )
     return run_hidden(
-        params, tokens, jnp.full(batch, capacity, jnp.int32), config=config,
-        attention_fn=attention_fn, rows=rows, capacity=capacity, observe=observe,
+        params, tokens, lengths, rope_length, config=config, attention_fn=attention_fn, rows=rows,
+        capacity=capacity, observe=observe,
     )  # fmt: skip
 
 

@@ -70,14 +70,17 @@ def run_prefill(
 
 
 @functools.partial(jax.jit, static_argnames=("config", "rows", "capacity", "observe"))
-def run_hidden(params, tokens, rope_length, *, config, attention_fn, rows, capacity, observe):
+def run_hidden(
+    params, tokens, lengths, rope_length, *, config, attention_fn, rows, capacity, observe
+):
     """Computes the stream's last rows, cache and what was observed; see `capture.read_hidden`."""
     x, keys, values, observed = _stream_whole(
-        params, tokens, None, rope_length, config=config, attention_fn=attention_fn,
+        params, tokens, lengths, rope_length, config=config, attention_fn=attention_fn,
         capacity=capacity, observe=observe,
     )  # fmt: skip
-    lengths = jnp.full(tokens.shape[0], tokens.shape[1], jnp.int32)
-    return x[:, -rows:], KVCache(keys, values, lengths, rope_length.astype(jnp.int32)), observed
+    take = lambda x, length: jax.lax.dynamic_slice_in_dim(x, jnp.maximum(length - rows, 0), rows)
+    lengths, rope_length = lengths.astype(jnp.int32), rope_length.astype(jnp.int32)
+    return jax.vmap(take)(x, lengths), KVCache(keys, values, lengths, rope_length), observed
 
 
 @functools.partial(jax.jit, static_argnames="config")

@@ -16,6 +16,9 @@ ALIGNMENT = 8
 # Filler of unused list entries: as a distance or as a start it lies before every key.
 NO_TILE = -(2**30)
 
+# Numbers held at a time while visited pairs are counted: 4 MB, a few steps for each layer at 128K.
+_COUNTED = 2**20
+
 
 @no_type_check
 @jax.tree_util.register_dataclass
@@ -97,12 +100,16 @@ class BlockSparseIndex:
         lengths: Int[Array, " batch"] | None = None,
         q_offset: Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "batch heads"], Float[Array, "batch heads"]]:
-        """How many (query, key) pairs of real rows are visited, and how many are causal."""
-        batch = self.entries.shape[0]
+        """How many (query, key) pairs of real rows are visited, and how many are causal.
+
+        Some query tiles at a time, so that memory does not grow with the square of the length.
+        """
+        batch, heads = self.begin.shape[:2]
         lengths, q_offset = resolve_lengths(batch, q_len, kv_len, lengths, q_offset)
 
         part = self.block_q // self.halves
-        most = _longest_list(kv_len, self.block_q, self.block_kv)
+        most = min(_longest_list(kv_len, self.block_q, self.block_kv), self.entries.shape[2])
+        at_once = max(1, _COUNTED // (batch * heads * max(most, self.columns.shape[2])))
 
         def one_head(entries, begin, count, origin, shift, columns, column_count, length):
             def one_part(half, number, begin, count, origin, shift):
@@ -124,8 +131,9 @@ class BlockSparseIndex:
                 parts = [one_part(half, *tile) for half in range(self.halves)]
                 return jax.tree.map(lambda *x: sum(x), *parts)
 
-            number = jnp.arange(begin.shape[0])
-            pairs, causal = jax.lax.map(one_tile, (number, begin, count, origin, shift))
+            tiles = (jnp.arange(begin.shape[0]), begin, count, origin, shift)
+            step = min(at_once, begin.shape[0])
+            pairs, causal = jax.lax.map(one_tile, tiles, batch_size=step)
             return jnp.sum(pairs), jnp.sum(causal)
 
         over_heads = jax.vmap(one_head, in_axes=(0, 0, 0, 0, 0, 0, 0, None))

@@ -292,7 +292,9 @@ def test_distribution_command(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        pytest.param(["coverage", "--prompts", "1"], "must be 2 here, got 1", id="prompts"),
+        pytest.param(
+            ["coverage", "--prompts", "1"], "must make 2 prompts here, got 1", id="prompts"
+        ),
         pytest.param(["coverage", "--shares", "0"], "above 0 and at most 1", id="share"),
         pytest.param(["coverage", "--map-share", "0.3"], "one of --shares", id="map-share"),
         pytest.param(["recall", "--steps", "1"], "at least 2, got 1", id="steps"),
@@ -330,7 +332,7 @@ def test_options_that_cannot_work_are_told_before_the_model_is_loaded(
 )
 def test_what_the_model_does_not_have(capsys, tiny_model, tmp_path, argv, words):
     inputs = ["--model", tiny_model, "--length", "40", "--output", str(tmp_path)]
-    assert main(["patterns", argv[0], *inputs, "--task", "book", *argv[1:]]) == 2
+    assert main(["patterns", argv[0], *inputs, "--tasks", "book", *argv[1:]]) == 2
     assert words in capsys.readouterr().err.splitlines()[-1]
 
 

@@ -1,28 +1,33 @@
 """Prompts of a wanted length hold what they ask for, and depend on the seed alone."""
 
 import bisect
+import itertools
 import json
+import os
 import re
+from pathlib import Path
 
 import pytest
 
 from experiments.common.errors import UserError
 from experiments.common.prompts import (
+    book_of,
     book_prompt,
+    build_prompt,
+    code_prompt,
     fit_prompt,
     key_value_prompt,
+    multi_needle_prompt,
     needle_prompt,
     packaged_chapter,
     read_book,
 )
 
 BOOK = packaged_chapter()
+NAMES = ["key_value", "needle", "multi_needle", "book", "code"]
 BUILDERS = [
-    lambda size, seed: key_value_prompt(size, seed=seed),
-    lambda size, seed: needle_prompt(BOOK, size, seed=seed),
-    lambda size, seed: book_prompt(BOOK, size, seed=seed),
+    lambda size, seed, task=task: build_prompt(task, size, seed=seed, book=BOOK) for task in NAMES
 ]
-NAMES = ["key-value", "needle", "book"]
 
 
 def count(text):
@@ -36,7 +41,7 @@ def test_the_seed_decides(build):
 
 
 @pytest.mark.parametrize("build", BUILDERS, ids=NAMES)
-@pytest.mark.parametrize("length", [40, 1000, 3000])
+@pytest.mark.parametrize("length", [80, 1000, 3000])
 def test_the_largest_prompt_that_fits_is_found(build, length):
     fitted = fit_prompt(lambda size: build(size, 0), count, length)
     size = bisect.bisect_right(
@@ -62,6 +67,57 @@ def test_the_needle_lies_at_its_depth_and_the_question_at_the_end(depth):
     assert prompt.text.endswith("magic number?")
 
 
+def test_needles_of_successive_seeds_spread_over_the_passage():
+    prompts = [needle_prompt(BOOK, 3000, seed=seed) for seed in range(8)]
+    depths = sorted(prompt.text.index(prompt.answer) / len(prompt.text) for prompt in prompts)
+    assert 0.05 < depths[0] < 0.25
+    assert 0.75 < depths[-1] < 0.95
+    assert max(b - a for a, b in itertools.pairwise(depths)) < 0.25
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_one_of_several_needles_is_asked_for(seed):
+    prompt = multi_needle_prompt(BOOK, 3000, seed=seed)
+    facts = re.findall(r"The (\w+) keeper's magic number is (\d{7})\.", prompt.text)
+    assert len({place for place, _ in facts}) == len({number for _, number in facts}) == 4
+    [asked] = re.findall(r"What is the (\w+) keeper's magic number\?$", prompt.text)
+    assert dict(facts)[asked] == prompt.answer
+    assert prompt.text.count(prompt.lead + prompt.answer) == 1
+    paragraphs = prompt.text.split("\n\n")[1:-1]
+    for part, (_, number) in enumerate(facts):  # one in each part of 0.1 to 0.9
+        [at] = [at for at, text in enumerate(paragraphs) if number in text]
+        assert abs(at / len(paragraphs) - (0.2 + 0.2 * part)) < 0.1 + 1.5 / len(paragraphs)
+
+
+def test_the_needle_asked_for_lies_anywhere():
+    prompts = [multi_needle_prompt(BOOK, 3000, seed=seed) for seed in range(12)]
+    depths = [prompt.text.index(prompt.answer) / len(prompt.text) for prompt in prompts]
+    assert min(depths) < 0.35 < 0.65 < max(depths)
+
+
+def test_code_is_source_of_the_standard_library():
+    text = code_prompt(20_000, seed=2).text
+    assert count(text) == 20_000
+    library = [path for path in Path(os.__file__).parent.rglob("*.py") if "test" not in path.parts]
+    sources = [path.read_bytes().decode(errors="replace").strip() for path in library]
+    firsts = [code_prompt(5000, seed=seed).text for seed in range(3)]
+    assert len(set(firsts)) == 3
+    for first in firsts:
+        assert any(first.startswith(source[:1000]) for source in sources if len(source) > 99)
+
+
+def test_few_texts_are_counted_on_the_way_to_the_size():
+    calls = []
+
+    def tokens(text):
+        calls.append(len(text))
+        return sum(1 + len(word) // 4 for word in text.split())
+
+    fit_prompt(lambda size: code_prompt(size, seed=1), tokens, 100_000)
+    assert len(calls) < 16
+    assert max(calls) < 1.5 * calls[-1]
+
+
 def test_a_passage_goes_on_with_the_beginning_and_never_repeats():
     words = count(BOOK)
     assert sorted(book_prompt(BOOK, words, seed=1).text.split()) == sorted(BOOK.split())
@@ -73,6 +129,16 @@ def test_texts_that_are_too_short_or_prompts_too_long_are_told():
         fit_prompt(lambda size: book_prompt(BOOK, size, seed=0), count, 99999)
     with pytest.raises(UserError, match="shortest such prompt has"):
         fit_prompt(lambda size: key_value_prompt(size, seed=0), count, 3)
+
+
+def test_a_book_is_read_for_tasks_that_need_one(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("one")
+    assert book_of(("code", "multi_needle"), path) == "one"
+    assert book_of(("needle",), None) == BOOK
+    assert book_of(("code", "key_value"), None) == ""
+    with pytest.raises(UserError, match="--text belongs to --tasks book, multi_needle, needle"):
+        book_of(("code", "key_value"), path)
 
 
 def test_books_are_files_or_folders(tmp_path):

@@ -10,10 +10,12 @@ import minference_jax as mj
 from experiments.__main__ import main
 from experiments.common.record import read_records
 from experiments.search import calibrate
+from experiments.search.options import CalibrationOptions
 from minference_jax.search import LayerScores, for_heads
+from models import load_model
 
 # A prompt of several tiles, which the tiny model reads with its context stretched.
-COMMON = ["search", "--rope-scaling", "linear:8", "--task", "book", "--length", "500"]
+COMMON = ["search", "--rope-scaling", "linear:8", "--tasks", "book", "--length", "500"]
 LINES = ["--kinds", "a_shape", "vertical_slash", "--target", "0.9"]
 
 
@@ -167,7 +169,8 @@ def told(capsys, *argv):
             ["--budget", "global", "--continue-with", "sparse"], "needs --budget each", id="order"
         ),
         pytest.param(["--text", "none.txt", *LINES], "cannot read none.txt", id="no-book"),
-        pytest.param(["--text", "a", "--task", "key_value"], "belongs to --task", id="two-texts"),
+        pytest.param(["--text", "a", "--tasks", "key_value"], "belongs to --tasks", id="two-texts"),
+        pytest.param(["--tasks", "book", "book"], "name each task once", id="task-twice"),
         pytest.param(["--prompts", "0"], "at least 1, got 0", id="no-prompts"),
     ],
 )
@@ -179,8 +182,21 @@ def test_options_that_cannot_work_are_told_before_the_model_is_loaded(
     assert not (tmp_path / "found" / "settings.json").exists()
 
 
+def test_several_tasks_are_calibrated_on_one_after_the_other(tiny_model, book):
+    model = load_model(tiny_model, rope_scaling={"rope_type": "linear", "factor": 8.0})
+
+    def prompts(*tasks):
+        options = CalibrationOptions(tasks=tasks, text=book, length=300, prompts=2, seed=5)
+        return calibrate.encode_prompts(model, options)
+
+    both = prompts("needle", "book")
+    assert len(both) == 4
+    assert both == [*prompts("needle"), *prompts("book")]
+    assert len({tuple(tokens) for tokens in both}) == 4
+
+
 def test_prompts_beyond_context_or_book_are_told(capsys, tiny_model, tmp_path):
-    book = ["search", "--task", "book", "--model", tiny_model, "--space", "paper"]
+    book = ["search", "--tasks", "book", "--model", tiny_model, "--space", "paper"]
     assert "do not fit the model's context" in told(
         capsys, *book, "--length", "5000", "--output", tmp_path / "a"
     )

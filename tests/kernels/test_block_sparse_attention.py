@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import BlockSparseIndex, block_sparse_attention
+from pallas_kernels.block_sparse_attention import index as index_module
 from pallas_kernels.block_sparse_attention.index import NO_TILE, validate
 from pallas_kernels.block_sparse_attention.unstagger import unstagger
 from tests.helpers import assert_attention_close, causal_mask, masked_attention, random_qkv
@@ -161,6 +162,21 @@ def test_density_counts_the_mask(seed, implementation):
     want = (mask & real[:, None, :, None]).sum(axis=(2, 3)) / causal[:, None]
     got = jax.jit(lambda i, n: i.density(40, 72, lengths=n))(index, jnp.asarray(lengths))
     np.testing.assert_allclose(got, want, rtol=1e-6)
+
+
+def test_pairs_are_counted_some_query_tiles_at_a_time(monkeypatch):
+    index = mixed_index(2, 4, 300, 401, block_kv=128, staggered=True)
+    assert index.begin.shape == (2, 4, 3)
+    most = max(index.columns.shape[2], min(index.entries.shape[2], 401 // 128 + 4))
+    counts = []
+    for tiles in (1, 2, 3):
+        monkeypatch.setattr(index_module, "_COUNTED", 2 * 4 * most * tiles)
+        counts.append(index.visited_pairs(300, 401, lengths=jnp.array([401, 390])))
+    mask = np.array(index.to_mask(300, 401, lengths=jnp.array([401, 390])))
+    mask[1, :, 289:] = False  # rows that are not real
+    for visited, causal in counts:
+        np.testing.assert_array_equal(visited, mask.sum(axis=(2, 3)))
+        np.testing.assert_array_equal(causal[0], 300 * 101 + 300 * 301 // 2)
 
 
 @pytest.mark.parametrize(("q_len", "kv_len"), [(1, 1), (190, 401)])

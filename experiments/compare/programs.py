@@ -1,0 +1,112 @@
+"""Compiled programs: as few as there are structures of attention, and all before measuring."""
+
+import dataclasses
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from tqdm import tqdm
+
+import minference_jax as mj
+from experiments.compare.measure import Subject, count_work, read_arguments, run_read
+from experiments.compare.quality import force_answer, score_positions
+
+
+def share_capacities(attentions: Sequence[Any]) -> list[Any]:
+    """The same attentions with common static capacities, so that fewer programs serve them all.
+
+    A capacity is room: what is visited does not change. Patterns of heads share two programs, with
+    and without block-sparse heads; estimators that add columns share one for each kind of them.
+    """
+    patterns = [a.patterns for a in attentions if isinstance(a, mj.SparseAttention)]
+    added = [a.estimator for a in attentions if _has_columns(a)]
+    columns = max((p.max_columns for p in patterns), default=0)
+    blocks = max((p.max_blocks for p in patterns), default=0)
+    more = max((estimator.max_columns for estimator in added), default=0)
+
+    def shared(attention: Any) -> Any:
+        if isinstance(attention, mj.SparseAttention):
+            own = attention.patterns
+            room = {"max_columns": columns, "max_blocks": blocks if own.max_blocks else 0}
+            return dataclasses.replace(attention, patterns=dataclasses.replace(own, **room))
+        if _has_columns(attention):
+            estimator = dataclasses.replace(attention.estimator, max_columns=more)
+            return dataclasses.replace(attention, estimator=estimator)
+        return attention
+
+    return [shared(attention) for attention in attentions]
+
+
+def _has_columns(attention: Any) -> bool:
+    return isinstance(attention, mj.AdaptiveAttention) and isinstance(
+        attention.estimator, mj.WithColumns
+    )
+
+
+def compile_all(work: Sequence[tuple[Subject, Any]]) -> int:
+    """Compiles all that measuring these prompts with these attentions will run.
+
+    Tracing needs Python and goes one by one; compilation does not and goes on in threads.
+
+    Returns:
+        How many programs there are.
+    """
+    programs: dict[Any, tuple[Subject, Any]] = {}
+    for subject, attention in work:
+        data, static = read_arguments(subject, attention, tokens=1)
+        leaves, structure = jax.tree.flatten(data[1:])
+        shapes = tuple(jax.typeof(leaf) for leaf in leaves)
+        programs.setdefault((structure, shapes, *static.values()), (subject, attention))
+    threads = max(1, (os.cpu_count() or 1) // 2)
+    futures: list[Future] = []
+    with (
+        ThreadPoolExecutor(threads) as pool,
+        tqdm(desc="compiling", unit="program", leave=False, disable=None) as bar,
+    ):
+        for lowered in _lowered([*programs.values()]):
+            futures.append(pool.submit(lowered.compile))
+            bar.total = len(futures)
+            bar.update(sum(future.done() for future in futures) - bar.n)
+        for future in as_completed(futures):
+            future.result()
+            bar.update(sum(future.done() for future in futures) - bar.n)
+    if jax.default_backend() != "cpu":  # the first run also loads a program onto the device
+        for subject, attention in tqdm(programs.values(), "loading", leave=False, disable=None):
+            data, static = read_arguments(subject, attention, tokens=1)
+            jax.block_until_ready(run_read(*data, **static))
+    return len(futures)
+
+
+def _lowered(programs: Sequence[tuple[Subject, Any]]) -> Iterator[jax.stages.Lowered]:
+    """What reads a prompt and counts what was visited; what scores it, once for each shape."""
+    shapes = set()
+    for subject, attention in programs:
+        data, static = read_arguments(subject, attention, tokens=1)
+        read = run_read.lower(*data, **static)
+        yield read
+        # Results lie where the parameters do; without that, these would be other programs.
+        place = jax.tree.leaves(subject.model.params)[0].sharding
+        hidden, cache, index = jax.tree.map(
+            lambda x, place=place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+            read.out_info,
+        )
+        yield count_work.lower(index, jnp.ones(1, jnp.int32), length=subject.reading.length)
+        if (shape := (hidden.shape, subject.capacity, subject.answer_room)) not in shapes:
+            shapes.add(shape)
+            yield from _lowered_scores(subject, hidden, cache)
+
+
+def _lowered_scores(subject: Subject, hidden: Any, cache: Any) -> Iterator[jax.stages.Lowered]:
+    """Distance from dense attention, and the answer if one is asked for."""
+    params, config = subject.model.params, subject.model.config
+    part = lambda *shape: jax.ShapeDtypeStruct(shape, hidden.dtype, sharding=hidden.sharding)
+    _, rows, embed = hidden.shape
+    targets = jnp.zeros(rows, jnp.int32)
+    both = part(rows, embed), part(rows, embed)
+    yield score_positions.lower(params, *both, targets, config=config)
+    if subject.answer_room:
+        answer = jnp.zeros(subject.answer_room, jnp.int32)
+        yield force_answer.lower(params, part(embed), answer, jnp.int32(1), cache, config=config)
