@@ -21,27 +21,36 @@ from pallas_kernels.common.tiling import cdiv
 class BlockThreshold:
     """Keeps the key blocks whose score is at least `alpha` times the query tile's best: no sort.
 
-    Each query row takes the softmax, over the blocks that lie in the past of its whole query tile,
-    of its scaled products with the blocks' mean keys. A block's score is the sum of that over the
-    tile's rows. The first and the nearest blocks are kept besides, and a tile's own blocks.
+    Each query row takes the softmax of its scaled products with mean keys: those of every part of a
+    block, for the blocks that lie in the past of its whole query tile, sinks apart. A block's score
+    is the sum of that over its parts and over the tile's rows. The first and the nearest blocks are
+    kept besides, and a tile's own blocks.
+
+    Sinks take no part because many heads rest there: their weight says nothing about what such a
+    head adds to the output (values of sinks are small), yet it would set a bar no block can pass.
 
     Attributes:
         alpha: share of the best score from which a block is kept, 0 to 1; less keeps more.
-        sink_blocks: first blocks, always kept.
+        sink_blocks: first blocks, always kept (static).
         local_blocks: nearest blocks, the query tile's own included, always kept.
         pooled_rows: rows whose mean takes part as one row (static; divides block_q). Scores then
             cost this many times less.
+        parts: mean keys of each block (static; divides block_kv). More find keys that stand out
+            from those around them; scores cost this many times more.
     """
 
     alpha: Any
-    sink_blocks: Any = 2
+    sink_blocks: int = dataclasses.field(default=1, metadata={"static": True})
     local_blocks: Any = 4
-    pooled_rows: int = dataclasses.field(default=1, metadata={"static": True})
+    pooled_rows: int = dataclasses.field(default=16, metadata={"static": True})
+    parts: int = dataclasses.field(default=4, metadata={"static": True})
 
     def __post_init__(self) -> None:
         """Raises ValueError for a parameter out of range."""
         check_number("alpha", self.alpha, 0.0, 1.0)
+        check_number("sink_blocks", self.sink_blocks, 0, 2**30)
         check_number("pooled_rows", self.pooled_rows, 1, 2**31)
+        check_number("parts", self.parts, 1, 2**31)
 
     def __call__(
         self,
@@ -53,38 +62,48 @@ class BlockThreshold:
         layout: Layout,
     ) -> BlockSparseIndex:
         """The index; see `Estimator`."""
-        if layout.block_q % self.pooled_rows:
-            raise ValueError(
-                f"`pooled_rows` ({self.pooled_rows}) must divide `block_q` ({layout.block_q})"
-            )
+        for name, whole in (("pooled_rows", "block_q"), ("parts", "block_kv")):
+            if getattr(layout, whole) % getattr(self, name):
+                raise ValueError(
+                    f"`{name}` ({getattr(self, name)}) must divide `{whole}` "
+                    f"({getattr(layout, whole)})"
+                )
         kv_len = k.shape[1]
         num_blocks = cdiv(kv_len, layout.block_kv)
+        sinks = min(self.sink_blocks, num_blocks - 1)
         q = split_heads(q, k.shape[2], layout)
         # [batch, kv_heads, lists, tiles, blocks]
         number = lambda name: per_list(getattr(self, name), name, q)[..., None, None]
-        alpha, sink_blocks, local_blocks = map(number, ("alpha", "sink_blocks", "local_blocks"))
-        means = jax.vmap(lambda k, length: block_means(k, layout.block_kv, length))
-        means = jax.vmap(means, in_axes=(2, None), out_axes=1)(k, lengths).astype(k.dtype)
+        alpha, local_blocks = map(number, ("alpha", "local_blocks"))
+        means = self._means(k, lengths, layout.block_kv)[:, :, sinks * self.parts :]
         block = jnp.arange(num_blocks)[None, None, None, None, :]
 
         def choose(rows, tile, first, end):
-            past = jnp.minimum(first // layout.block_kv, num_blocks)
+            past = jnp.clip(first // layout.block_kv - sinks, 0, num_blocks - sinks)
             real_rows = jnp.clip(end - first[0], 0, rows.shape[1])
             rows, real_rows = pool_rows(rows, real_rows, self.pooled_rows)
             scores = block_scores(
-                rows, means, past=past, real_rows=real_rows,
+                rows, means, past=past * self.parts, real_rows=real_rows,
                 tile_rows=layout.block_q // self.pooled_rows,
             )  # fmt: skip
-            keep = scores >= alpha * jnp.max(scores, axis=4, keepdims=True)
-            keep &= block < past[None, None, None, :, None]
+            scores = jnp.sum(scores.reshape(*scores.shape[:4], -1, self.parts), axis=5)
+            best = scores >= alpha * jnp.max(scores, axis=4, keepdims=True)
+            keep = jnp.pad(best, ((0, 0),) * 4 + ((sinks, 0),))
+            keep &= block < sinks + past[None, None, None, :, None]
             last = jnp.minimum((first + layout.block_q)[None, :], end[:, None]) - 1
             last = (last // layout.block_kv)[:, None, None, :, None]
-            return keep | (block < sink_blocks) | (last - block < local_blocks)
+            return keep | (block < self.sink_blocks) | (last - block < local_blocks)
 
         return index_of_blocks(
             choose, q, kv_len, lengths=lengths, q_offset=q_offset, layout=layout,
-            scores_per_tile=num_blocks,
+            scores_per_tile=num_blocks * self.parts,
         )  # fmt: skip
+
+    def _means(self, k, lengths, block_kv):
+        """Mean keys of the parts of all blocks [batch, kv_heads, blocks * parts, head_dim]."""
+        k = jnp.pad(k, ((0, 0), (0, -k.shape[1] % block_kv), (0, 0), (0, 0)))
+        means = jax.vmap(lambda k, length: block_means(k, block_kv // self.parts, length))
+        return jax.vmap(means, in_axes=(2, None), out_axes=1)(k, lengths).astype(k.dtype)
 
 
 def pool_rows(

@@ -80,18 +80,19 @@ def largest(scores, number):
     return set(np.argsort(-scores, kind="stable")[:number].tolist())
 
 
-def block_threshold(prompt, first, *, alpha, sink_blocks, local_blocks, pooled_rows):
+def block_threshold(prompt, first, *, alpha, sink_blocks, local_blocks, pooled_rows, parts):
     rows = list(prompt.rows(first))
-    past = sorted(prompt.causal(first) - prompt.own(first))
+    past = sorted(prompt.causal(first) - prompt.own(first) - set(range(sink_blocks)))
     last = rows[-1] // prompt.block_kv
     kept = set(range(sink_blocks)) | set(range(last - local_blocks + 1, last + 1))
     if past:
-        means = np.array([prompt.keys_of(b).mean(axis=0) for b in past])
+        means = [p.mean(axis=0) for b in past for p in np.split(prompt.keys_of(b), parts)]
         score = np.zeros(len(past))
         for at in range(0, len(rows), pooled_rows):
             for q in prompt.heads:
                 pooled = [q[p - prompt.offset] for p in rows[at : at + pooled_rows]]
-                score += softmax(means @ np.mean(pooled, axis=0) * prompt.scale)
+                weights = softmax(np.array(means) @ np.mean(pooled, axis=0) * prompt.scale)
+                score += weights.reshape(-1, parts).sum(axis=1)
         kept |= {b for b, s in zip(past, score, strict=True) if s >= alpha * score.max()}
     return kept
 

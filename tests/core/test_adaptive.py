@@ -62,8 +62,20 @@ def expected(name, prompt, parameters):
 @pytest.mark.parametrize(
     ("name", "estimator", "parameters", "everything", "shared"),
     [
-        ("threshold", mj.BlockThreshold, THRESHOLD | {"pooled_rows": 1}, {"alpha": 0.0}, False),
-        ("threshold", mj.BlockThreshold, THRESHOLD | {"pooled_rows": 8}, {"alpha": 0.0}, True),
+        (
+            "threshold",
+            mj.BlockThreshold,
+            THRESHOLD | {"pooled_rows": 1, "parts": 1},
+            {"alpha": 0.0},
+            False,
+        ),
+        (
+            "threshold",
+            mj.BlockThreshold,
+            THRESHOLD | {"pooled_rows": 8, "parts": 4},
+            {"alpha": 0.0},
+            True,
+        ),
         ("antidiagonals", mj.XAttention, {"tau": 0.6, "stride": 8}, {"tau": 1.0}, True),
         ("flex", mj.FlexPrefill, FLEX, {"gamma": 1.0, "max_budget": 200}, False),
         ("flex", mj.FlexPrefill, FLEX, {"gamma": 1.0, "max_budget": 200}, True),
@@ -121,6 +133,10 @@ def rows(values, repeats=1):
     return np.stack([np.repeat(values, repeats), np.zeros(40)], axis=1)
 
 
+def one_by_one(alpha, sink_blocks, local_blocks):
+    return mj.BlockThreshold(alpha, sink_blocks, local_blocks, pooled_rows=1, parts=1)
+
+
 ONES = rows(np.ones(40))
 # Every query sees blocks of keys in the proportions 2 : 1 : 4 : 1 : 2.
 KEYS = rows(np.log([2.0, 1.0, 4.0, 1.0, 2.0]), 8)
@@ -128,15 +144,35 @@ KEYS = rows(np.log([2.0, 1.0, 4.0, 1.0, 2.0]), 8)
 
 def test_threshold_by_hand():
     k = rows([3.0, 1.0, 5.0, 4.0, 9.0], 8)
-    assert small_case(mj.BlockThreshold(0.3, 0, 1), ONES, k) == [
+    assert small_case(one_by_one(0.3, 0, 1), ONES, k) == [
         [1, 0, 0, 0, 0],
         [1, 1, 0, 0, 0],  # only block 0 is in the past: it is the best
         [1, 0, 1, 0, 0],  # block 1 is e^-2 = 0.14 of block 0
         [0, 0, 1, 1, 0],  # the best is block 2, and block 0 is e^-2 of it
         [0, 0, 1, 1, 1],  # block 3 is e^-1 = 0.37 of block 2
     ]
-    sink_and_local = small_case(mj.BlockThreshold(0.3, 1, 2), ONES, k)
+    sink_and_local = small_case(one_by_one(0.3, 1, 2), ONES, k)
     assert sink_and_local[3:] == [[1, 0, 1, 1, 0], [1, 0, 1, 1, 1]]
+
+
+def test_threshold_ignores_the_weight_of_sinks():
+    # Beside block 0 all others are nothing; among themselves, block 2 is the best.
+    k = rows([50.0, 3.0, 5.0, 1.0, 0.0], 8)
+    for sinks, kept in ((0, [1, 0, 0, 0, 1]), (1, [1, 0, 1, 0, 1])):
+        assert small_case(one_by_one(0.3, sinks, 1), ONES, k)[4] == kept
+
+
+def test_threshold_adds_the_parts_of_a_block():
+    # Tile 4 weighs the means of parts: block 1 has one of 4, block 2 two of 1, block 3 one of 2.
+    low = -9.0
+    k = np.full((40, 2), low)
+    k[8:12], k[16:24], k[24:28] = np.log(4.0), 0.0, np.log(2.0)
+    two = mj.BlockThreshold(0.45, 1, 1, pooled_rows=1, parts=2)
+    assert small_case(two, ONES, k)[4] == [1, 1, 1, 1, 1]
+    assert small_case(dataclasses.replace(two, alpha=0.55), ONES, k)[4] == [1, 1, 0, 0, 1]
+    # Whole blocks: the outstanding halves drown in their means.
+    one = dataclasses.replace(two, parts=1)
+    assert small_case(one, ONES, k)[4] == [1, 0, 1, 0, 1]
 
 
 def test_threshold_sums_over_rows():
@@ -147,7 +183,7 @@ def test_threshold_sums_over_rows():
     q[32] = [0.0, 5.0]
     # The blocks' sums are 7 * 2/3, 1, 7 * 1/3 and 0: shares of the best 1, 0.21, 0.5 and 0.
     for alpha, kept in ((0.55, [1, 0, 0, 0, 1]), (0.45, [1, 0, 1, 0, 1]), (0.2, [1, 1, 1, 0, 1])):
-        assert small_case(mj.BlockThreshold(alpha, 0, 1), q, k)[4] == kept, alpha
+        assert small_case(one_by_one(alpha, 0, 1), q, k)[4] == kept, alpha
 
 
 def test_antidiagonals_by_hand():
@@ -222,7 +258,7 @@ def smallest_set(scores, mass):
 
 def test_a_list_that_overflows_becomes_dense():
     arrays = (*map(jnp.asarray, prompts()[:2]), jnp.asarray(LENGTHS))
-    estimator = mj.BlockThreshold(**THRESHOLD)
+    estimator = mj.BlockThreshold(**THRESHOLD, parts=2)
     whole, mask = masker(LAYOUT)(estimator, *arrays)
     index, small = masker(dataclasses.replace(LAYOUT, max_blocks=6))(estimator, *arrays)
     validate(index)
@@ -248,7 +284,7 @@ def test_triangle_mix_is_dense_below_a_layer():
 
 @pytest.mark.parametrize(
     "estimator",
-    [mj.BlockThreshold(0.1), mj.XAttention(0.9)],
+    [mj.BlockThreshold(0.1, pooled_rows=1, parts=1), mj.XAttention(0.9)],
     ids=["threshold", "antidiagonals"],
 )
 def test_scores_are_never_held_at_once(monkeypatch, estimator):

@@ -25,7 +25,9 @@ def hybrid(alpha=0.5, num_columns=20):
     """One layer or several, with a parameter for each head, so that all share a program."""
     alpha = jnp.broadcast_to(jnp.asarray(alpha, jnp.float32), (np.size(alpha) // HEADS or 1, HEADS))
     columns = jnp.full_like(alpha, num_columns, jnp.int32)
-    return mj.WithColumns(mj.BlockThreshold(alpha, 1, 2), columns, max_columns=32)
+    return mj.WithColumns(
+        mj.BlockThreshold(alpha, 1, 2, pooled_rows=1, parts=1), columns, max_columns=32
+    )
 
 
 def attention(estimator, *, dense_above=None, shared=False):
@@ -60,7 +62,13 @@ def test_hybrid_is_blocks_and_columns_and_output_is_attention_over_them(offset, 
     validate(index)
     for b, h in np.ndindex(2, HEADS):
         prompt = brute_force.Prompt([q[b, :, h]], k[b, :, h // 2], offset, int(lengths[b]), 32, 16)
-        parameters = {"alpha": 0.5, "sink_blocks": 1, "local_blocks": 2, "pooled_rows": 1}
+        parameters = {
+            "alpha": 0.5,
+            "sink_blocks": 1,
+            "local_blocks": 2,
+            "pooled_rows": 1,
+            "parts": 1,
+        }
         want = prompt.mask(functools.partial(brute_force.block_threshold, prompt, **parameters))
         want[:, sorted(brute_force.columns(prompt, 20))] = True
         want &= causal_mask(Q_LEN, KV_LEN, offset)
@@ -164,6 +172,8 @@ def test_misuse_is_explained():
         attention(plain).for_layers(2).for_layers(3)
     with pytest.raises(ValueError, match=r"`pooled_rows` \(5\) must divide"):
         call(attention(mj.BlockThreshold(0.1, pooled_rows=5)))
+    with pytest.raises(ValueError, match=r"`parts` \(3\) must divide `block_kv`"):
+        call(attention(mj.BlockThreshold(0.1, parts=3)))
     with pytest.raises(ValueError, match=r"`stride` \(64\) must divide"):
         call(attention(mj.XAttention(0.1, stride=64)))
     with pytest.raises(ValueError, match="`max_columns` must be given"):
