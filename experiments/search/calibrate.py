@@ -23,7 +23,7 @@ from minference_jax.search import (
     score_candidates,
 )
 from models import Model
-from models.common.capture import embed_prompt, layer_output, layer_qkv
+from models.common.capture import embed_prompt, layer_output, layer_qkv, output_gram
 from models.common.checks import check_context
 
 
@@ -68,7 +68,9 @@ class _LayerPrompts:
         for x, lengths in zip(self.streams, self.lengths, strict=True):
             model = self.model
             qkv = layer_qkv(model.params, self.layer, x, config=model.config, lengths=lengths)
-            yield Calibration(qkv.q, qkv.k, qkv.v, lengths)
+            gram = output_gram(model.params, self.layer)
+            weight = 1.0 / jnp.sum(x.astype(jnp.float32) ** 2, axis=2)
+            yield Calibration(*qkv, lengths, projection_gram=gram, row_weight=weight)
 
 
 def score_layers(

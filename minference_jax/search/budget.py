@@ -81,7 +81,7 @@ def executed_share(
 ) -> Float[np.ndarray, "candidates heads"]:
     """Work of the candidates [candidates, heads] on all prompts, as a share of dense attention."""
     attention = kernel.attention(candidates)
-    sparse, dense = summed(prompts, lambda prompt: _work(attention, *prompt, measure=measure))
+    sparse, dense = summed(prompts, lambda prompt: _work(attention, *prompt[:4], measure=measure))
     return sparse / dense
 
 

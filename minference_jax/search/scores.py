@@ -6,15 +6,24 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
+from minference_jax.adaptive import AdaptiveAttention
 from minference_jax.patterns import HeadPatterns
 from minference_jax.search.calibration import Group, pooled
 from minference_jax.search.cost import Measure
 from minference_jax.search.objective import Objective
 
 _VALUES = ("flops", "density", "output_error", "recall", "log_recall", "count")
+# Version 2 added `residual_error`.
+_VERSION = 2
+
+
+# What can be scored: patterns, or an attention whose parameters are arrays [candidates, heads].
+Candidates = HeadPatterns | AdaptiveAttention
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -22,17 +31,19 @@ class LayerScores:
     """What every candidate costs and keeps in every head of one layer.
 
     Attributes:
-        candidates: patterns [candidates, heads], budgets and all.
+        candidates: patterns [candidates, heads], budgets and all; or an attention whose parameters
+            are arrays [candidates, heads].
         kv_heads: key/value heads of the layer.
         flops: key tiles that the kernel executes, as a share of dense attention's.
         density: (query, key) pairs visited, as a share of the causal ones.
         output_error: see `search.objective` for this and the following.
+        residual_error: None where the calibration prompts did not say how errors reach the stream.
         recall: mean attention mass visited.
         log_recall: mean logarithm of the mass visited.
         count: share of output elements that are off by more than 5e-3.
     """
 
-    candidates: HeadPatterns
+    candidates: Candidates
     kv_heads: int
     flops: Float[np.ndarray, "candidates heads"]
     density: Float[np.ndarray, "candidates heads"]
@@ -40,13 +51,24 @@ class LayerScores:
     recall: Float[np.ndarray, "candidates heads"]
     log_recall: Float[np.ndarray, "candidates heads"]
     count: Float[np.ndarray, "candidates heads"]
+    residual_error: Float[np.ndarray, "candidates heads"] | None = None
 
     def cost(self, measure: Measure) -> Float[np.ndarray, "candidates heads"]:
         """Share of dense attention's work."""
         return getattr(self, measure)
 
     def loss(self, objective: Objective) -> Float[np.ndarray, "candidates heads"]:
-        """What the objective loses: 0 is dense attention, less is better."""
+        """What the objective loses: 0 is dense attention, less is better.
+
+        Raises:
+            ValueError: it is the residual error, which was not scored.
+        """
+        if objective == "residual_error" and self.residual_error is None:
+            raise ValueError(
+                "the residual error was not scored: give `Calibration` the `projection_gram` and "
+                "`row_weight` of the model's layer (models.common.capture), or take the objective "
+                "output_error, which needs only q, k and v"
+            )
         if objective == "recall":
             return 1.0 - self.recall
         return -self.log_recall if objective == "log_recall" else getattr(self, objective)
@@ -58,6 +80,9 @@ class LayerScores:
             for field in dataclasses.fields(self.candidates)
         }
         arrays |= {name: getattr(self, name) for name in (*_VALUES, "kv_heads")}
+        arrays["version"] = _VERSION
+        if self.residual_error is not None:
+            arrays["residual_error"] = self.residual_error
         path = Path(path)
         partial = path.with_suffix(".partial")
         with partial.open("wb") as file:
@@ -72,10 +97,16 @@ class LayerScores:
 
         Raises:
             OSError: the file cannot be read.
-            ValueError: it is not such a file.
+            ValueError: it is not such a file, or one of another version.
         """
         try:
             with Path(path).open("rb") as handle, np.load(handle) as file:
+                version = int(file["version"]) if "version" in file else 1
+                if version != _VERSION:
+                    raise ValueError(
+                        f"they are of version {version}, expected {_VERSION}; search again into "
+                        "another folder"
+                    )
                 fields = dataclasses.fields(HeadPatterns)
                 sizes: dict[str, Any] = {
                     field.name: file[f"candidates.{field.name}"] for field in fields
@@ -84,10 +115,11 @@ class LayerScores:
                 return cls(
                     candidates=HeadPatterns(**sizes),
                     kv_heads=int(file["kv_heads"]),
+                    residual_error=file.get("residual_error"),
                     **{name: file[name] for name in _VALUES},
                 )
         except (KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{path} holds no scores of this version: {error}") from error
+            raise ValueError(f"{path} holds no scores that can be read: {error}") from error
 
 
 def choose(
@@ -121,12 +153,34 @@ def choose(
     return np.lexsort((number, cost, loss, above), axis=0)[0]
 
 
-def picked(layers: list[LayerScores], chosen: Int[np.ndarray, "layers heads"]) -> HeadPatterns:
-    """The patterns of the chosen candidates of every layer."""
-    grids = [layer.candidates.grid() for layer in layers]
-    return HeadPatterns.from_grid(
-        [
-            [grid[at][head] for head, at in enumerate(row)]
-            for grid, row in zip(grids, chosen, strict=True)
-        ]
-    )
+def picked(layers: list[LayerScores], chosen: Int[np.ndarray, "layers heads"]) -> Candidates:
+    """The chosen candidates of every layer: patterns, or an attention, [layers, heads]."""
+    heads = np.arange(chosen.shape[1])
+    rows = [
+        jax.tree.map(lambda x, row=row: np.asarray(x)[row, heads], layer.candidates)
+        for layer, row in zip(layers, chosen, strict=True)
+    ]
+    if not isinstance(rows[0], HeadPatterns):
+        return jax.tree.map(lambda *x: jnp.stack(x), *rows)
+    # Capacities as small as what was chosen allows, not those of all candidates.
+    layer = lambda row: jax.tree.map(lambda x: x[None], row).grid()[0]
+    return HeadPatterns.from_grid([layer(row) for row in rows])
+
+
+def for_each_candidate(candidates: Candidates, heads: int) -> Candidates:
+    """Gives every parameter its array [candidates, heads].
+
+    Raises:
+        ValueError: a parameter has another shape, or none says how many candidates there are.
+    """
+    shapes = [jnp.shape(x) for x in jax.tree.leaves(candidates)]
+    counts = {shape[0] for shape in shapes if len(shape) == 2}
+    count = counts.pop() if len(counts) == 1 else 0
+    allowed = {(), (1,), (heads,), (count, 1), (count, heads)}
+    if not count or any(shape not in allowed for shape in shapes):
+        raise ValueError(
+            f"the candidates' parameters have the shapes {shapes}; expected numbers, [{heads}] for "
+            f"the heads, or [candidates, {heads}], and at least one of the last"
+        )
+    each = lambda x: jnp.broadcast_to(jnp.asarray(x), (count, heads))
+    return jax.tree.map(each, candidates)
