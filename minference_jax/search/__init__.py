@@ -11,6 +11,7 @@ from minference_jax.search.calibration import Group as Group
 from minference_jax.search.calibration import Kernel as Kernel
 from minference_jax.search.cost import Measure as Measure
 from minference_jax.search.objective import Objective as Objective
+from minference_jax.search.scores import Candidates as Candidates
 from minference_jax.search.scores import LayerScores as LayerScores
 from minference_jax.search.scores import choose as choose
 from minference_jax.search.scores import picked as picked

@@ -61,9 +61,9 @@ def differences(
     # Rounding may put the mass inside above the whole.
     log_mass = jnp.where(counted[:, None, :], jnp.minimum(lse - dense_lse, 0.0), 0.0)
 
-    def residual():
-        moved = jnp.einsum("blhd,hde->blhe", delta, projection_gram, precision="highest")
-        return per_row(moved * delta * row_weight[:, :, None, None])
+    def residual(gram, weight):
+        moved = jnp.einsum("blhd,hde->blhe", delta, gram, precision="highest")
+        return per_row(moved * delta * weight[:, :, None, None])
 
     number = jnp.broadcast_to(jnp.sum(counted).astype(jnp.float32), out.shape[2:3])
     return Differences(
@@ -74,5 +74,5 @@ def differences(
         far_off=per_row((jnp.abs(delta) > _FAR_OFF).astype(jnp.float32)),
         elements=number * out.shape[3],
         rows=number,
-        residual=None if projection_gram is None else residual(),
+        residual=None if projection_gram is None else residual(projection_gram, row_weight),
     )

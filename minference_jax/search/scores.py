@@ -1,8 +1,10 @@
 """Every candidate's scores for the heads of a layer, what is chosen by them, and their file."""
 
 import dataclasses
+import json
 import os
 import zipfile
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from minference_jax.adaptive import AdaptiveAttention
-from minference_jax.patterns import HeadPatterns
+from minference_jax.adaptive import AdaptiveAttention, BlockThreshold, Estimator, WithColumns
+from minference_jax.adaptive.files import from_content, to_content
+from minference_jax.patterns import Dense, HeadPatterns
 from minference_jax.search.calibration import Group, pooled
 from minference_jax.search.cost import Measure
 from minference_jax.search.objective import Objective
 
 _VALUES = ("flops", "density", "output_error", "recall", "log_recall", "count")
+_FIELDS = dataclasses.fields(HeadPatterns)
+# Of dense attention these are 1, the others 0.
+_DENSE_HAS_ALL = ("flops", "density", "recall")
 # Version 2 added `residual_error`.
 _VERSION = 2
 
@@ -73,12 +79,35 @@ class LayerScores:
             return 1.0 - self.recall
         return -self.log_recall if objective == "log_recall" else getattr(self, objective)
 
+    def take(self, numbers: Int[np.ndarray, " some"]) -> "LayerScores":
+        """The scores of some candidates."""
+        return self._each(lambda _, x: x[numbers], lambda x: x[numbers])
+
+    def with_dense(self) -> "LayerScores":
+        """Adds dense attention as the last candidate, whose scores need no run.
+
+        Raises:
+            ValueError: dense attention cannot be written as a candidate of this kind.
+        """
+        dense = _dense(self.candidates)
+        both = jax.tree.map(lambda x, y: jnp.concatenate([x, y]), self.candidates, dense)
+        scores = lambda name, x: np.concatenate([x, np.full_like(x[:1], name in _DENSE_HAS_ALL)])
+        new = self._each(scores, lambda x: x)
+        return dataclasses.replace(new, candidates=both)
+
+    def _each(self, of_values: Callable, of_parameters: Callable) -> "LayerScores":
+        values = {name: getattr(self, name) for name in (*_VALUES, "residual_error")}
+        values = {name: of_values(name, x) for name, x in values.items() if x is not None}
+        candidates = jax.tree.map(of_parameters, self.candidates)
+        return dataclasses.replace(self, candidates=candidates, **values)
+
     def save(self, path: str | Path) -> None:
-        """Writes an .npz file, whole or not at all."""
-        arrays: dict[str, Any] = {
-            f"candidates.{field.name}": np.asarray(getattr(self.candidates, field.name))
-            for field in dataclasses.fields(self.candidates)
-        }
+        """Writes an .npz file, whole or not at all.
+
+        Raises:
+            ValueError: the candidates are an attention that files cannot hold.
+        """
+        arrays = _to_arrays(self.candidates)
         arrays |= {name: getattr(self, name) for name in (*_VALUES, "kv_heads")}
         arrays["version"] = _VERSION
         if self.residual_error is not None:
@@ -107,19 +136,29 @@ class LayerScores:
                         f"they are of version {version}, expected {_VERSION}; search again into "
                         "another folder"
                     )
-                fields = dataclasses.fields(HeadPatterns)
-                sizes: dict[str, Any] = {
-                    field.name: file[f"candidates.{field.name}"] for field in fields
-                }
-                sizes |= {f.name: int(sizes[f.name]) for f in fields if f.metadata.get("static")}
                 return cls(
-                    candidates=HeadPatterns(**sizes),
+                    candidates=_from_arrays(file),
                     kv_heads=int(file["kv_heads"]),
                     residual_error=file.get("residual_error"),
                     **{name: file[name] for name in _VALUES},
                 )
         except (KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path} holds no scores that can be read: {error}") from error
+
+
+def _to_arrays(candidates: Candidates) -> dict[str, Any]:
+    if isinstance(candidates, HeadPatterns):
+        values = {field.name: getattr(candidates, field.name) for field in _FIELDS}
+        return {f"candidates.{name}": np.asarray(value) for name, value in values.items()}
+    return {"adaptive": np.array(json.dumps(to_content(candidates)))}
+
+
+def _from_arrays(arrays: Mapping[str, Any]) -> Candidates:
+    if "adaptive" in arrays:
+        return from_content(json.loads(str(arrays["adaptive"])))
+    sizes = {field.name: arrays[f"candidates.{field.name}"] for field in _FIELDS}
+    sizes |= {f.name: int(sizes[f.name]) for f in _FIELDS if f.metadata.get("static")}
+    return HeadPatterns(**sizes)
 
 
 def choose(
@@ -165,6 +204,32 @@ def picked(layers: list[LayerScores], chosen: Int[np.ndarray, "layers heads"]) -
     # Capacities as small as what was chosen allows, not those of all candidates.
     layer = lambda row: jax.tree.map(lambda x: x[None], row).grid()[0]
     return HeadPatterns.from_grid([layer(row) for row in rows])
+
+
+def _dense(candidates: Candidates) -> Candidates:
+    """The candidate [1, heads] that keeps everything, in the form of others."""
+    if isinstance(candidates, HeadPatterns):
+        return HeadPatterns.from_grid(
+            [[Dense()] * candidates.num_heads],
+            max_columns=candidates.max_columns,
+            max_blocks=candidates.max_blocks,
+        )
+    first = jax.tree.map(lambda x: x[:1], candidates)
+    return dataclasses.replace(first, estimator=_keep_everything(first.estimator))
+
+
+def _keep_everything(estimator: Estimator) -> Estimator:
+    zero = jnp.zeros_like
+    if isinstance(estimator, BlockThreshold):
+        return dataclasses.replace(estimator, alpha=zero(estimator.alpha))
+    if isinstance(estimator, WithColumns):
+        # Columns beside all blocks would only be gathered in vain.
+        blocks, columns = _keep_everything(estimator.blocks), zero(estimator.num_columns)
+        return dataclasses.replace(estimator, blocks=blocks, num_columns=columns)
+    raise ValueError(
+        f"no parameters are known with which {type(estimator).__name__} keeps everything; leave "
+        "dense heads out"
+    )
 
 
 def for_each_candidate(candidates: Candidates, heads: int) -> Candidates:

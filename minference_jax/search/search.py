@@ -1,6 +1,7 @@
 """The pattern search of one layer: every candidate's scores, and the best candidates."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +75,7 @@ def search_patterns(
         )
     scores = score_candidates(patterns, prompts, first_row=first_row, kernel=kernel)
     best = choose(scores, objective, at_most=target, measure=measure, group=group)
-    return picked([scores], best[None]), scores
+    return cast("HeadPatterns", picked([scores], best[None])), scores
 
 
 def score_candidates(
