@@ -16,7 +16,7 @@ FORMAT = "minference_jax.adaptive"
 VERSION = 1
 
 # Parameters of each estimator: whether they are whole numbers, and the largest.
-_THRESHOLD: dict[str, tuple[bool, float]] = {
+_THRESHOLD: dict[str, tuple[bool, int | float]] = {
     "alpha": (False, 1.0),
     "sink_blocks": (True, 2**30),
     "local_blocks": (True, 2**30),
@@ -118,7 +118,7 @@ def _shape(rows: Any) -> tuple[int, int]:
     return len(rows), heads
 
 
-def _array(rows: Any, name: str, shape: tuple[int, int], whole: bool, most: float) -> Any:
+def _array(rows: Any, name: str, shape: tuple[int, int], whole: bool, most: int | float) -> Any:
     if not isinstance(rows, list):
         rows = [[rows] * shape[1]] * shape[0]
     if [len(row) for row in rows] != [shape[1]] * shape[0]:

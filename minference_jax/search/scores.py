@@ -247,5 +247,6 @@ def for_each_candidate(candidates: Candidates, heads: int) -> Candidates:
             f"the candidates' parameters have the shapes {shapes}; expected numbers, [{heads}] for "
             f"the heads, or [candidates, {heads}], and at least one of the last"
         )
-    each = lambda x: jnp.broadcast_to(jnp.asarray(x), (count, heads))
+    # With a dtype of its own, a number makes the same program as an array.
+    each = lambda x: jnp.broadcast_to(jnp.asarray(x, jnp.asarray(x).dtype), (count, heads))
     return jax.tree.map(each, candidates)

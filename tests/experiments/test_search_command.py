@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from matplotlib.image import imread
@@ -11,6 +12,7 @@ from experiments.__main__ import main
 from experiments.common.record import read_records
 from experiments.search import calibrate, command
 from minference_jax.search import LayerScores, for_heads
+from minference_jax.search.scores import for_each_candidate
 
 # A prompt of several tiles, which the tiny model reads with its context stretched.
 COMMON = ["search", "--rope-scaling", "linear:8", "--task", "book", "--length", "500"]
@@ -47,8 +49,9 @@ def scored(monkeypatch):
     def score(candidates, prompts, **kwargs):
         keys = [np.asarray(prompt.k, np.float64) for prompt in prompts]
         calls.append(keys)
+        candidates = for_each_candidate(candidates, heads=4)
         rng = np.random.default_rng(int(1e6 * abs(np.sum(keys))))
-        cost = np.sort(rng.uniform(0.1, 1.0, candidates.kind.shape), axis=0)
+        cost = np.sort(rng.uniform(0.1, 1.0, jax.tree.leaves(candidates)[0].shape), axis=0)
         names = ("output_error", "residual_error", "recall", "log_recall", "count")
         values = {name: rng.uniform(0, 1, cost.shape) for name in names}
         return LayerScores(candidates=candidates, kv_heads=2, flops=cost, density=cost, **values)
@@ -208,6 +211,8 @@ def told(capsys, *argv):
         pytest.param([*LINES, "--budget", "global", "--levels", "0.9"], "only one", id="one-level"),
         pytest.param([*LINES, "--levels", "0.9", "0.1"], "--levels 0.1 0.9 cannot", id="low-level"),
         pytest.param(["--levels", "0.9", "--space", "paper"], "other spaces", id="no-levels"),
+        pytest.param(["--space", "hybrid", "--kinds", "a_shape"], "not apply", id="adaptive-kinds"),
+        pytest.param(["--space", "hybrid", "--original"], "cannot hold", id="adaptive-original"),
         pytest.param(["--kinds", "dense"], "no pattern of --kinds dense", id="no-candidate"),
         pytest.param(["--first-row", "500"], "below --length 500", id="first-row"),
         pytest.param(["--original"], "cannot hold BlockSparse", id="original-format"),
@@ -248,3 +253,29 @@ def test_a_folder_of_another_search_is_left_alone(capsys, search, scored, tiny_m
     assert files(folder).keys() == before.keys()
     (folder / "settings.json").write_text(json.dumps({}))
     assert "other settings" in told(capsys, *again)
+
+
+def test_thresholds_are_found_and_written(search, scored, capsys):
+    hybrid = ["--space", "hybrid", "--levels", "0.05", "0.5", "--columns", "20"]
+    folder, result = search(*hybrid, "--budget", "global", "--target", "0.8")
+    layers = [LayerScores.load(folder / "layers" / f"layer_00{i}.npz") for i in range(2)]
+    found = mj.load_attention(folder / "patterns.json")
+    alpha = np.asarray(found.estimator.blocks.alpha)
+    assert {0.0} < set(alpha.ravel()) <= {np.float32(0.5), np.float32(0.05), 0.0}
+    # Dense heads need no columns.
+    assert np.array_equal(found.estimator.num_columns, np.where(alpha > 0, 20, 0))
+    spent = [
+        {0.5: scores.flops[0], 0.05: scores.flops[1], 0.0: np.ones(4)}[round(float(x), 2)][head]
+        for scores, row in zip(layers, alpha, strict=True)
+        for head, x in enumerate(row)
+    ]
+    assert result["chosen"]["flops"] == pytest.approx(np.mean(spent))
+    assert np.mean(spent) <= 0.8
+    each = mj.load_attention(folder / "patterns_each.json").estimator.blocks.alpha
+    for scores, row in zip(layers, np.asarray(each), strict=True):
+        heads = zip(scores.flops.T, scores.residual_error.T, strict=True)
+        best = [least_loss(*head, (0, 1), 0.8) for head in heads]
+        assert np.array_equal(row, np.array([0.5, 0.05], np.float32)[best])
+    assert "alpha 0.05, 20 columns" in capsys.readouterr().out
+    pixels = imread(folder / "patterns.png")[..., :3]
+    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50
