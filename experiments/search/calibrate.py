@@ -155,6 +155,7 @@ def _score(prompts: _LayerPrompts, options: SpaceOptions, length: int) -> LayerS
         _candidates(calibrations, options, length, prompts.model.config.num_heads),
         calibrations,
         first_row=options.first_row,
+        density=options.measure == "density",
     )
 
 

@@ -98,12 +98,16 @@ def summary(found: Found) -> dict[str, Any]:
 
 def means(found: Found) -> dict[str, float]:
     """Costs and scores of what was chosen, in the mean over heads."""
-    names = ("flops", "density", *OBJECTIVES)
-    return {name: float(found.of_chosen(name).mean()) for name in names}
+    return {name: float(found.of_chosen(name).mean()) for name in _figures(found)}
+
+
+def _figures(found: Found) -> tuple[str, ...]:
+    density = () if found.layers[0].density is None else ("density",)
+    return ("flops", *density, *OBJECTIVES)
 
 
 def search_picture(found: Found, *, title: str, path: Path) -> Path:
-    """Writes the picture: what every head got, and what it visits.
+    """Writes the picture: what every head got, and what it executes.
 
     Kinds are shaded by their loss; thresholds are named.
     """
@@ -115,7 +119,8 @@ def search_picture(found: Found, *, title: str, path: Path) -> Path:
         _draw_kinds(axes[0], found, found.attention)
     else:
         _draw_candidates(axes[0], found)
-    draw_density(axes[1], found.of_chosen("density").astype(np.float32), "visited by each head")
+    executed = found.of_chosen("flops").astype(np.float32)
+    draw_density(axes[1], executed, "executed by each head", "key tiles, of dense attention's")
     return save(figure, path)
 
 
@@ -162,7 +167,7 @@ def _mark_heads(axes: Axes, shape: tuple[int, ...]) -> None:
 
 
 def _rows(found: Found) -> list[dict[str, Any]]:
-    names = ("flops", "density", *OBJECTIVES)
+    names = _figures(found)
     values = {
         name: np.mean([getattr(x, name) for x in found.layers], axis=(0, 2)) for name in names
     }

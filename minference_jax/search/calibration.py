@@ -9,7 +9,10 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from minference_jax.attention import DenseAttention, SparseAttention
+from minference_jax.index import build_index
+from minference_jax.index.lines import LAST_Q
 from minference_jax.patterns import HeadPatterns
+from pallas_kernels import BlockSparseIndex
 from pallas_kernels.block_sparse_attention.api import Implementation
 
 # Heads that get the same pattern: each its own, or all that share keys and values one.
@@ -65,6 +68,28 @@ class Kernel:
             implementation=self.implementation,
             dense_above=None,
             stagger=self.stagger,
+        )
+
+    def index(
+        self,
+        patterns: HeadPatterns,
+        q: Float[Array, "batch length heads head_dim"],
+        k: Float[Array, "batch length kv_heads head_dim"],
+        *,
+        lengths: Int[Array, " batch"] | None,
+        line_scores: tuple[Array, Array] | None = None,
+    ) -> BlockSparseIndex:
+        """What `attention` visits with the patterns of one layer; see `build_index`."""
+        return build_index(
+            patterns,
+            q,
+            k,
+            lengths=lengths,
+            block_q=self.block_q,
+            block_kv=self.block_kv,
+            last_q=LAST_Q,
+            stagger=self.stagger,
+            line_scores=line_scores,
         )
 
     def dense(self) -> DenseAttention:

@@ -20,7 +20,8 @@ from minference_jax.search.calibration import Group, pooled
 from minference_jax.search.cost import Measure
 from minference_jax.search.objective import Objective
 
-_VALUES = ("flops", "density", "output_error", "recall", "log_recall", "count")
+_VALUES = ("flops", "output_error", "recall", "log_recall", "count")
+_OPTIONAL = ("density", "residual_error")
 _FIELDS = dataclasses.fields(HeadPatterns)
 # Of dense attention these are 1, the others 0.
 _DENSE_HAS_ALL = ("flops", "density", "recall")
@@ -41,7 +42,8 @@ class LayerScores:
             are arrays [candidates, heads].
         kv_heads: key/value heads of the layer.
         flops: key tiles that the kernel executes, as a share of dense attention's.
-        density: (query, key) pairs visited, as a share of the causal ones.
+        density: (query, key) pairs visited, as a share of the causal ones; None where they were not
+            counted.
         output_error: see `search.objective` for this and the following.
         residual_error: None where the calibration prompts did not say how errors reach the stream.
         recall: mean attention mass visited.
@@ -52,15 +54,21 @@ class LayerScores:
     candidates: Candidates
     kv_heads: int
     flops: Float[np.ndarray, "candidates heads"]
-    density: Float[np.ndarray, "candidates heads"]
     output_error: Float[np.ndarray, "candidates heads"]
     recall: Float[np.ndarray, "candidates heads"]
     log_recall: Float[np.ndarray, "candidates heads"]
     count: Float[np.ndarray, "candidates heads"]
+    density: Float[np.ndarray, "candidates heads"] | None = None
     residual_error: Float[np.ndarray, "candidates heads"] | None = None
 
     def cost(self, measure: Measure) -> Float[np.ndarray, "candidates heads"]:
-        """Share of dense attention's work."""
+        """Share of dense attention's work.
+
+        Raises:
+            ValueError: it is the density, which was not counted.
+        """
+        if measure == "density" and self.density is None:
+            raise ValueError("the density was not counted: score with `density=True`")
         return getattr(self, measure)
 
     def loss(self, objective: Objective) -> Float[np.ndarray, "candidates heads"]:
@@ -96,7 +104,7 @@ class LayerScores:
         return dataclasses.replace(new, candidates=both)
 
     def _each(self, of_values: Callable, of_parameters: Callable) -> "LayerScores":
-        values = {name: getattr(self, name) for name in (*_VALUES, "residual_error")}
+        values = {name: getattr(self, name) for name in (*_VALUES, *_OPTIONAL)}
         values = {name: of_values(name, x) for name, x in values.items() if x is not None}
         candidates = jax.tree.map(of_parameters, self.candidates)
         return dataclasses.replace(self, candidates=candidates, **values)
@@ -108,10 +116,9 @@ class LayerScores:
             ValueError: the candidates are an attention that files cannot hold.
         """
         arrays = _to_arrays(self.candidates)
-        arrays |= {name: getattr(self, name) for name in (*_VALUES, "kv_heads")}
+        values = {name: getattr(self, name) for name in (*_VALUES, *_OPTIONAL, "kv_heads")}
+        arrays |= {name: value for name, value in values.items() if value is not None}
         arrays["version"] = _VERSION
-        if self.residual_error is not None:
-            arrays["residual_error"] = self.residual_error
         path = Path(path)
         partial = path.with_suffix(".partial")
         with partial.open("wb") as file:
@@ -139,8 +146,8 @@ class LayerScores:
                 return cls(
                     candidates=_from_arrays(file),
                     kv_heads=int(file["kv_heads"]),
-                    residual_error=file.get("residual_error"),
                     **{name: file[name] for name in _VALUES},
+                    **{name: file.get(name) for name in _OPTIONAL},
                 )
         except (KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path} holds no scores that can be read: {error}") from error

@@ -1,5 +1,6 @@
 """The pattern search of one layer: every candidate's scores, and the best candidates."""
 
+import functools
 from collections.abc import Sequence
 from typing import cast
 
@@ -83,6 +84,7 @@ def score_candidates(
     prompts: Calibrations,
     *,
     first_row: int = 0,
+    density: bool = True,
     kernel: Kernel = Kernel(),  # noqa: B008, immutable
 ) -> LayerScores:
     """Attends with every candidate, and compares with dense attention.
@@ -92,6 +94,8 @@ def score_candidates(
             arrays [candidates, heads], or the same for all candidates: [heads] or a number.
         prompts: calibration prompts; sums are over all of them, so longer ones weigh more.
         first_row: rows before it are not scored.
+        density: also count pairs of query and key; for long prompts that can take longer than to
+            attend.
         kernel: how patterns will be executed. An attention knows that itself.
 
     Raises:
@@ -102,8 +106,10 @@ def score_candidates(
     candidates = for_each_candidate(candidates, heads)
     patterns = isinstance(candidates, HeadPatterns)
     attention = kernel.attention(candidates) if patterns else candidates
-    changes, flops, pairs = summed(
-        prompts, lambda prompt: _sums(attention, kernel.dense(), prompt, first_row)
+    measures = ("flops", "density") if density else ("flops",)
+    changes, flops, *pairs = summed(
+        prompts,
+        lambda prompt: _sums(attention, kernel.dense(), prompt, first_row, measures=measures),
     )
     if not np.all(changes.rows > 0):
         raise ValueError(f"`first_row` ({first_row}) must be below the length of the prompts")
@@ -111,7 +117,7 @@ def score_candidates(
         candidates=candidates,
         kv_heads=kv_heads,
         flops=flops.sparse / flops.dense,
-        density=pairs.sparse / pairs.dense,
+        density=pairs[0].sparse / pairs[0].dense if density else None,
         output_error=changes.squared / np.maximum(changes.dense_squared, 1e-30),
         residual_error=None if changes.residual is None else changes.residual / changes.rows,
         recall=1.0 - changes.lost_mass / changes.rows,
@@ -120,8 +126,8 @@ def score_candidates(
     )
 
 
-@jax.jit
-def _sums(candidates, dense, prompt, first_row):
+@functools.partial(jax.jit, static_argnames="measures")
+def _sums(candidates, dense, prompt, first_row, *, measures):
     """Sums over the rows of some prompts, for every candidate: one program, with dense in it."""
     q, k, v, lengths, *residual = prompt
     length = q.shape[1]
@@ -140,7 +146,7 @@ def _sums(candidates, dense, prompt, first_row):
 
     def one(attention):
         index, got = run(attention)
-        work = (work_of(index, length, lengths, measure) for measure in ("flops", "density"))
+        work = (work_of(index, length, lengths, measure) for measure in measures)
         return differences(*got, *wanted, counted, *residual), *work
 
     return jax.lax.map(one, candidates)

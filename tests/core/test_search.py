@@ -81,23 +81,48 @@ def test_planted_patterns_are_found(searched):
             assert (recalls[at] > 0.5) == (wanted is not None), name
 
 
+SPARSE = np.array([not isinstance(family, mj.Dense) for family in FAMILIES])
+
+
+def one_line_more(candidates):
+    """Every budget a line, or a block, larger."""
+    lined = (candidates.kind == Kind.A_SHAPE) | (candidates.kind == Kind.TRI_SHAPE)
+    scaled = dict.fromkeys(("vertical_size", "slash_size", "last_size", "num_blocks"), True)
+    scaled |= {"sink_size": lined, "window_size": lined}
+    sizes = {name: getattr(candidates, name) for name in scaled}
+    more = {
+        name: jnp.where((size > 0) & scaled[name], size + 1, size) for name, size in sizes.items()
+    }
+    return dataclasses.replace(candidates, **more)
+
+
 def test_budgets_cost_what_was_asked_and_a_line_more_would_not(searched):
     for scores, prompts in searched:
-        sparse = np.array([not isinstance(family, mj.Dense) for family in FAMILIES])
-        assert np.all(scores.flops[sparse] <= TARGET)
-        assert np.all(scores.flops[~sparse] == 1)
-        kind = scores.candidates.kind
-        lined = (kind == Kind.A_SHAPE) | (kind == Kind.TRI_SHAPE)
-        scaled = dict.fromkeys(("vertical_size", "slash_size", "last_size", "num_blocks"), True)
-        scaled |= {"sink_size": lined, "window_size": lined}
-        sizes = {name: getattr(scores.candidates, name) for name in scaled}
-        more = {
-            name: jnp.where((size > 0) & scaled[name], size + 1, size)
-            for name, size in sizes.items()
-        }
-        more = dataclasses.replace(scores.candidates, **more)
-        cost = executed_share(more, prompts, kernel=KERNEL)
-        assert np.all(cost[sparse] > TARGET)
+        assert np.all(scores.flops[SPARSE] <= TARGET)
+        assert np.all(scores.flops[~SPARSE] == 1)
+        cost = executed_share(one_line_more(scores.candidates), prompts, kernel=KERNEL)
+        assert np.all(cost[SPARSE] > TARGET)
+
+
+class Stream:
+    """Prompts that are made when they are read, and how often they were."""
+
+    def __init__(self, *prompts):
+        self.prompts, self.read = prompts, 0
+
+    def __iter__(self):
+        self.read += 1
+        yield from self.prompts
+
+
+def test_fitting_reads_the_prompts_once():
+    prompts = Stream(calibration(5, 6), calibration(7, 8))
+    fitted = fit_budgets(FAMILIES, prompts, target=TARGET, kernel=KERNEL)
+    assert prompts.read == 1
+    # What counts is all of them together.
+    assert np.all(executed_share(fitted, prompts, kernel=KERNEL)[SPARSE] <= TARGET)
+    more = executed_share(one_line_more(fitted), prompts, kernel=KERNEL)
+    assert np.all(more[SPARSE] > TARGET)
 
 
 def counted_tiles(index, row, head, length):
@@ -190,7 +215,7 @@ def test_heads_of_a_group_share_budgets_and_patterns():
 def synthetic(flops, recall, kv_heads=2):
     """Scores of candidates that only differ in these; [candidates, heads]."""
     values = {"flops": np.array(flops, float), "recall": np.array(recall, float)}
-    others = ("density", "output_error", "log_recall", "count")
+    others = ("output_error", "log_recall", "count")
     values |= {name: np.zeros_like(values["flops"]) for name in others}
     heads = values["flops"].shape[1]
     rows = [[mj.AShape(sink_size=0, window_size=1 + i)] * heads for i in range(len(flops))]
@@ -234,7 +259,9 @@ def test_no_array_grows_with_the_square_of_the_length():
     shapes = [jax.ShapeDtypeStruct((1, length, 1, width), jnp.bfloat16)] * 3
     patterns = mj.HeadPatterns.from_grid([[p] for p in TABLE_7])
     candidates = Kernel().attention(patterns)
-    run = lambda *qkv: score_sums(candidates, Kernel().dense(), Calibration(*qkv), 0)
+    run = lambda *qkv: score_sums(
+        candidates, Kernel().dense(), Calibration(*qkv), 0, measures=("flops",)
+    )
     largest = max(_sizes(jax.make_jaxpr(run)(*shapes).jaxpr))
     assert length * width <= largest < 100 * length * width < length**2
 
@@ -251,6 +278,8 @@ def test_misuse_is_explained():
     prompt = calibration(0, 1)
     with pytest.raises(ValueError, match="the residual error was not scored: give `Calibration`"):
         choose(synthetic([[0.2]], [[0.5]]), "residual_error")
+    with pytest.raises(ValueError, match="the density was not counted: score with `density=True`"):
+        choose(synthetic([[0.2]], [[0.5]]), "recall", at_most=0.3, measure="density")
     with pytest.raises(ValueError, match="both `projection_gram` and `row_weight`"):
         score_candidates(for_heads(FAMILIES, HEADS), [prompt._replace(row_weight=None)])
     with pytest.raises(ValueError, match="at least one pattern"):
