@@ -4,7 +4,7 @@ Field docstrings are the `--help` text.
 """
 
 import dataclasses
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import jax.numpy as jnp
 import tyro
@@ -54,8 +54,11 @@ class SpaceOptions:
     0.12 0.25 0.5; thresholds 0.4 0.2 0.1 0.05 0.02 0.01."""
     columns: int = 1000
     """Columns of hybrid heads."""
-    objective: Annotated[Objective | None, tyro.conf.arg(help_behavior_hint="")] = None
-    """Error added to the residual stream; output's squared error (paper); mass kept (shipped); its
+    objective: Annotated[
+        Objective | None,
+        tyro.conf.arg(metavar="{" + ",".join(get_args(Objective)) + "}", help_behavior_hint=""),
+    ] = None
+    """Output's squared error (paper); what it adds to the residual stream; mass kept (shipped); its
     logarithm; share off by > 0.005. If not given, residual_error; output_error for --space paper,
     shipped, shipped_v2 with --budget each."""
     target: OptionalFloat = None

@@ -72,7 +72,7 @@ def fit_budgets(
     of = lambda which: tuple(family for family, own in zip(families, which, strict=True) if own)
 
     def share(at):
-        patterns = scaled(for_heads(of(searched), heads), at, length=length, most=most)
+        patterns = scaled(lines, at, length=length, most=most)
         work: list[Work] = [
             _work_of_lines(patterns, look.lines, look.lengths, measure=measure, kernel=kernel)
             for look in looks
@@ -81,6 +81,7 @@ def fit_budgets(
 
     at = np.zeros((len(families), heads))
     if searched.any():
+        lines = for_heads(of(searched), heads)
         at[searched] = _largest_that_fits(share, goal[searched][:, None], (heads,))
     if not searched.all():
         lengths = tuple((look.length, tuple(look.lengths.tolist())) for look in looks)
