@@ -44,7 +44,7 @@ def find_others(
     if options.adaptive or options.limit in options.levels:
         found |= {name: _each(layers, options, length, numbers) for name, numbers in equal.items()}
     else:
-        why = f"{options.limit:g} is not among the levels of the scores"
+        why = f"{options.limit:g} is not among the --levels of the scores"
         missing |= dict.fromkeys(equal, why)
     if len(options.levels) > 1:
         try:

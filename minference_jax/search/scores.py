@@ -1,36 +1,28 @@
 """Every candidate's scores for the heads of a layer, what is chosen by them, and their file."""
 
 import dataclasses
-import json
 import os
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from minference_jax.adaptive import AdaptiveAttention, BlockThreshold, Estimator, WithColumns
-from minference_jax.adaptive.files import from_content, to_content
-from minference_jax.patterns import Dense, HeadPatterns
+from minference_jax.patterns import HeadPatterns
 from minference_jax.search.calibration import Group, pooled
+from minference_jax.search.candidates import Candidates, dense_candidate, from_arrays, to_arrays
 from minference_jax.search.cost import Measure
 from minference_jax.search.objective import Objective
 
 _VALUES = ("flops", "output_error", "recall", "log_recall", "count")
 _OPTIONAL = ("density", "residual_error")
-_FIELDS = dataclasses.fields(HeadPatterns)
 # Of dense attention these are 1, the others 0.
 _DENSE_HAS_ALL = ("flops", "density", "recall")
 # Version 2 added `residual_error`.
 _VERSION = 2
-
-
-# What can be scored: patterns, or an attention whose parameters are arrays [candidates, heads].
-Candidates = HeadPatterns | AdaptiveAttention
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -97,7 +89,7 @@ class LayerScores:
         Raises:
             ValueError: dense attention cannot be written as a candidate of this kind.
         """
-        dense = _dense(self.candidates)
+        dense = dense_candidate(self.candidates)
         both = jax.tree.map(lambda x, y: jnp.concatenate([x, y]), self.candidates, dense)
         scores = lambda name, x: np.concatenate([x, np.full_like(x[:1], name in _DENSE_HAS_ALL)])
         new = self._each(scores, lambda x: x)
@@ -115,7 +107,7 @@ class LayerScores:
         Raises:
             ValueError: the candidates are an attention that files cannot hold.
         """
-        arrays = _to_arrays(self.candidates)
+        arrays = to_arrays(self.candidates)
         values = {name: getattr(self, name) for name in (*_VALUES, *_OPTIONAL, "kv_heads")}
         arrays |= {name: value for name, value in values.items() if value is not None}
         arrays["version"] = _VERSION
@@ -144,28 +136,13 @@ class LayerScores:
                         "another folder"
                     )
                 return cls(
-                    candidates=_from_arrays(file),
+                    candidates=from_arrays(file),
                     kv_heads=int(file["kv_heads"]),
                     **{name: file[name] for name in _VALUES},
                     **{name: file.get(name) for name in _OPTIONAL},
                 )
         except (KeyError, ValueError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(f"{path} holds no scores that can be read: {error}") from error
-
-
-def _to_arrays(candidates: Candidates) -> dict[str, Any]:
-    if isinstance(candidates, HeadPatterns):
-        values = {field.name: getattr(candidates, field.name) for field in _FIELDS}
-        return {f"candidates.{name}": np.asarray(value) for name, value in values.items()}
-    return {"adaptive": np.array(json.dumps(to_content(candidates)))}
-
-
-def _from_arrays(arrays: Mapping[str, Any]) -> Candidates:
-    if "adaptive" in arrays:
-        return from_content(json.loads(str(arrays["adaptive"])))
-    sizes = {field.name: arrays[f"candidates.{field.name}"] for field in _FIELDS}
-    sizes |= {f.name: int(sizes[f.name]) for f in _FIELDS if f.metadata.get("static")}
-    return HeadPatterns(**sizes)
 
 
 def choose(
@@ -211,49 +188,3 @@ def picked(layers: list[LayerScores], chosen: Int[np.ndarray, "layers heads"]) -
     # Capacities as small as what was chosen allows, not those of all candidates.
     layer = lambda row: jax.tree.map(lambda x: x[None], row).grid()[0]
     return HeadPatterns.from_grid([layer(row) for row in rows])
-
-
-def _dense(candidates: Candidates) -> Candidates:
-    """The candidate [1, heads] that keeps everything, in the form of others."""
-    if isinstance(candidates, HeadPatterns):
-        return HeadPatterns.from_grid(
-            [[Dense()] * candidates.num_heads],
-            max_columns=candidates.max_columns,
-            max_blocks=candidates.max_blocks,
-        )
-    first = jax.tree.map(lambda x: x[:1], candidates)
-    return dataclasses.replace(first, estimator=_keep_everything(first.estimator))
-
-
-def _keep_everything(estimator: Estimator) -> Estimator:
-    zero = jnp.zeros_like
-    if isinstance(estimator, BlockThreshold):
-        return dataclasses.replace(estimator, alpha=zero(estimator.alpha))
-    if isinstance(estimator, WithColumns):
-        # Columns beside all blocks would only be gathered in vain.
-        blocks, columns = _keep_everything(estimator.blocks), zero(estimator.num_columns)
-        return dataclasses.replace(estimator, blocks=blocks, num_columns=columns)
-    raise ValueError(
-        f"no parameters are known with which {type(estimator).__name__} keeps everything; leave "
-        "dense heads out"
-    )
-
-
-def for_each_candidate(candidates: Candidates, heads: int) -> Candidates:
-    """Gives every parameter its array [candidates, heads].
-
-    Raises:
-        ValueError: a parameter has another shape, or none says how many candidates there are.
-    """
-    shapes = [jnp.shape(x) for x in jax.tree.leaves(candidates)]
-    counts = {shape[0] for shape in shapes if len(shape) == 2}
-    count = counts.pop() if len(counts) == 1 else 0
-    allowed = {(), (1,), (heads,), (count, 1), (count, heads)}
-    if not count or any(shape not in allowed for shape in shapes):
-        raise ValueError(
-            f"the candidates' parameters have the shapes {shapes}; expected numbers, [{heads}] for "
-            f"the heads, or [candidates, {heads}], and at least one of the last"
-        )
-    # With a dtype of its own, a number makes the same program as an array.
-    each = lambda x: jnp.broadcast_to(jnp.asarray(x, jnp.asarray(x).dtype), (count, heads))
-    return jax.tree.map(each, candidates)

@@ -12,15 +12,10 @@ from jaxtyping import Array, Float, Int
 from minference_jax.patterns import HeadPatterns, Pattern
 from minference_jax.search.budget import fit_budgets
 from minference_jax.search.calibration import Calibration, Calibrations, Group, Kernel, each, summed
+from minference_jax.search.candidates import Candidates, for_each_candidate
 from minference_jax.search.cost import Measure, work_of
 from minference_jax.search.objective import Objective, differences
-from minference_jax.search.scores import (
-    Candidates,
-    LayerScores,
-    choose,
-    for_each_candidate,
-    picked,
-)
+from minference_jax.search.scores import LayerScores, choose, picked
 from minference_jax.search.space import FAMILIES, for_heads
 from pallas_kernels import block_sparse_attention
 

@@ -11,8 +11,7 @@ import minference_jax as mj
 from experiments.__main__ import main
 from experiments.common.record import read_records
 from experiments.search import calibrate, command
-from minference_jax.search import LayerScores, for_heads
-from minference_jax.search.scores import for_each_candidate
+from minference_jax.search import LayerScores, for_each_candidate, for_heads
 
 # A prompt of several tiles, which the tiny model reads with its context stretched.
 COMMON = ["search", "--rope-scaling", "linear:8", "--task", "book", "--length", "500"]
@@ -168,7 +167,7 @@ def test_one_run_gives_other_choices_and_another_target_needs_no_model(
     _, result = search(*again, "--target", "0.9")
     assert result["others"].keys() == {"patterns_global"}
     assert not (folder / "only_a_shape.json").exists()
-    assert "0.9 is not among the levels of the scores" in capsys.readouterr().out
+    assert "0.9 is not among the --levels of the scores" in capsys.readouterr().out
 
 
 def test_a_common_budget_is_kept_and_prompts_are_streamed(search, scored):
