@@ -19,6 +19,8 @@ from minference_jax.attention import observe_density as observe_density
 from minference_jax.attention import vertical_slash_attention as vertical_slash_attention
 from minference_jax.configs import load_shipped as load_shipped
 from minference_jax.configs import shipped_patterns as shipped_patterns
+from minference_jax.files import load_attention as load_attention
+from minference_jax.files import save_attention as save_attention
 from minference_jax.index import build_index as build_index
 from minference_jax.patterns import AShape as AShape
 from minference_jax.patterns import BlockSparse as BlockSparse

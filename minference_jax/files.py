@@ -1,13 +1,17 @@
-"""Pattern files: our own versioned JSON, and MInference's `best_pattern` JSON files unchanged."""
+"""Files of patterns and thresholds: versioned JSON, and MInference's `best_pattern` files."""
 
 import dataclasses
 import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from jaxtyping import Float
 
+from minference_jax.adaptive import AdaptiveAttention
+from minference_jax.adaptive import files as adaptive_files
+from minference_jax.attention import SparseAttention
 from minference_jax.patterns import (
     AShape,
     BlockSparse,
@@ -38,6 +42,50 @@ _ORIGINAL_FORCED = (30, 100)
 _ORIGINAL_DEFAULT = ["vertical_and_slash", 1000, 6096, 1]
 
 
+def load_attention(path: str | Path) -> SparseAttention | AdaptiveAttention:
+    """Reads the attention of a model: a pattern file of either format, or a file of thresholds.
+
+    `attention_size` says for how many layers and heads it is.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not JSON, none of these, of an unknown version, or an entry in it is
+            no pattern or no parameter; names the layer and the head.
+    """
+    content = _read_json(path)
+    if isinstance(content, dict) and content.get("format") == adaptive_files.FORMAT:
+        try:
+            return adaptive_files.from_content(content)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {error}") from error
+    return SparseAttention(_patterns_of(content, path))
+
+
+def save_attention(
+    attention: HeadPatterns | SparseAttention | AdaptiveAttention, path: str | Path
+) -> None:
+    """Writes patterns, or thresholds [layers, heads], so that `load_attention` reads them.
+
+    Of a `SparseAttention` only the patterns are kept.
+
+    Raises:
+        ValueError: an adaptive attention that files cannot hold.
+    """
+    if isinstance(attention, AdaptiveAttention):
+        rows = adaptive_files.to_content(attention).items()
+        lines = ",\n  ".join(f"{json.dumps(name)}: {json.dumps(value)}" for name, value in rows)
+        Path(path).write_text(f"{{\n  {lines}\n}}\n", encoding="utf-8")
+        return
+    patterns = attention.patterns if isinstance(attention, SparseAttention) else attention
+    save_patterns(patterns, path)
+
+
+def attention_size(attention: SparseAttention | AdaptiveAttention) -> tuple[int, int]:
+    """Layers and heads of an attention that was loaded."""
+    layers, heads = jax.tree.leaves(attention)[0].shape
+    return layers, heads
+
+
 def load_patterns(path: str | Path) -> HeadPatterns:
     """Reads a pattern file of either format.
 
@@ -46,13 +94,20 @@ def load_patterns(path: str | Path) -> HeadPatterns:
         ValueError: the file is not JSON, not a pattern file, of an unknown version, or an entry in
             it is not a pattern.
     """
+    return _patterns_of(_read_json(path), path)
+
+
+def _read_json(path: str | Path) -> Any:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no pattern file at {path}")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a JSON file: {error}") from error
+
+
+def _patterns_of(content: Any, path: str | Path) -> HeadPatterns:
     try:
         if isinstance(content, list):
             return HeadPatterns.from_grid(_parse_original(content))
@@ -60,6 +115,10 @@ def load_patterns(path: str | Path) -> HeadPatterns:
             return HeadPatterns.from_grid(_parse_own(content))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
+    if isinstance(content, dict) and content.get("format") == adaptive_files.FORMAT:
+        raise ValueError(
+            f"{path} holds thresholds, no patterns; `minference_jax.load_attention` reads both"
+        )
     raise ValueError(
         f"{path} is neither a pattern file of this library (an object with format {FORMAT!r}) nor "
         "one of MInference's (a list with one entry for each layer)"

@@ -43,15 +43,20 @@ def save(figure: Figure, path: Path) -> Path:
     return path
 
 
-def draw_density(axes: Axes, density: Float[np.ndarray, "layers heads"], title: str) -> None:
-    """Draws the share of the causal matrix that each head visits, as a heat map."""
+def draw_density(
+    axes: Axes,
+    density: Float[np.ndarray, "layers heads"],
+    title: str,
+    label: str = "keys visited, of the causal ones",
+) -> None:
+    """Draws the share of the causal matrix that each head visits, or executes, as a heat map."""
     num_layers, num_heads = density.shape
     image = axes.imshow(density, vmin=0, vmax=1, cmap="viridis_r", aspect="auto", origin="upper")
     axes.set(xlabel="head", ylabel="layer", title=title)
     axes.xaxis.set_major_locator(MaxNLocator(min(num_heads, 10), integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(min(num_layers, 10), integer=True))
     bar = axes.figure.colorbar(image, ax=axes, format=PercentFormatter(xmax=1, decimals=0))
-    bar.set_label("keys visited, of the causal ones")
+    bar.set_label(label)
     if num_layers * num_heads <= 400:
         for (layer, head), value in np.ndenumerate(density):
             colour = "white" if value > 0.55 else "black"

@@ -12,9 +12,12 @@ from tqdm import tqdm
 import minference_jax as mj
 from experiments.common.errors import reported_as_user_error
 from experiments.common.prompts import QUESTIONS, Task, fit_prompt
-from experiments.search.options import CalibrationOptions, SpaceOptions
+from experiments.search.options import CalibrationOptions
+from experiments.search.space import SpaceOptions
 from minference_jax.search import (
     Calibration,
+    Calibrations,
+    Candidates,
     LayerScores,
     choose,
     fit_budgets,
@@ -22,8 +25,9 @@ from minference_jax.search import (
     picked,
     score_candidates,
 )
+from minference_jax.types import AttentionFn
 from models import Model
-from models.common.capture import embed_prompt, layer_output, layer_qkv
+from models.common.capture import embed_prompt, layer_output, layer_qkv, output_gram
 from models.common.checks import check_context
 
 
@@ -67,7 +71,9 @@ class _LayerPrompts:
         for x, lengths in zip(self.streams, self.lengths, strict=True):
             model = self.model
             qkv = layer_qkv(model.params, self.layer, x, config=model.config, lengths=lengths)
-            yield Calibration(qkv.q, qkv.k, qkv.v, lengths)
+            gram = output_gram(model.params, self.layer)
+            weight = 1.0 / jnp.sum(x.astype(jnp.float32) ** 2, axis=2)
+            yield Calibration(qkv.q, qkv.k, qkv.v, lengths, gram, weight)
 
 
 def score_layers(
@@ -144,37 +150,45 @@ def _file_name(layer: int) -> str:
 def _score(prompts: _LayerPrompts, options: SpaceOptions, length: int) -> LayerScores:
     # Several prompts may not fit together; of one, the projections are not computed again.
     calibrations = list(prompts) if len(prompts.streams) == 1 else prompts
+    return score_candidates(
+        _candidates(calibrations, options, length, prompts.model.config.num_heads),
+        calibrations,
+        first_row=options.first_row,
+        density=options.measure == "density",
+    )
+
+
+def _candidates(
+    calibrations: Calibrations, options: SpaceOptions, length: int, heads: int
+) -> Candidates:
+    if options.adaptive:
+        return options.attention()
     patterns, targets = options.candidates(length)
     if targets is None:
-        candidates = for_heads(patterns, prompts.model.config.num_heads)
-    else:
-        candidates = fit_budgets(
-            patterns, calibrations, target=targets, measure=options.measure, group=options.group
-        )
-    return score_candidates(candidates, calibrations, first_row=options.first_row)
+        return for_heads(patterns, heads)
+    return fit_budgets(
+        patterns, calibrations, target=targets, measure=options.measure, group=options.group
+    )
 
 
-def _attention(
-    scores: LayerScores, options: SpaceOptions
-) -> mj.DenseAttention | mj.SparseAttention:
+def _attention(scores: LayerScores, options: SpaceOptions) -> AttentionFn:
     """What the following layers see of this one."""
     if options.continue_with == "dense":
         return mj.DenseAttention()
-    found = picked([scores], choose_each(scores, options)[None]).grid()
+    found, space = picked([scores], choose_each(scores, options)[None]), scores.candidates
+    if isinstance(found, mj.AdaptiveAttention):
+        return found.layer(0)
     # The candidates' capacities, so that all layers share a program.
-    space = scores.candidates
-    patterns = mj.HeadPatterns.from_grid(
-        found, max_columns=space.max_columns, max_blocks=space.max_blocks
-    )
-    return mj.SparseAttention(patterns).layer(0)
+    capacities = {name: getattr(space, name) for name in ("max_columns", "max_blocks")}
+    return mj.SparseAttention(mj.HeadPatterns.from_grid(found.grid(), **capacities)).layer(0)
 
 
 def choose_each(scores: LayerScores, options: SpaceOptions) -> Int[np.ndarray, " heads"]:
     """The candidate of each head of a layer, where every head has the same limit of cost."""
     return choose(
         scores,
-        options.objective,
-        at_most=options.at_most,
+        options.compared_by,
+        at_most=options.limit if options.limited else None,
         measure=options.measure,
         group=options.group,
     )

@@ -16,9 +16,9 @@ from rich.table import Table
 
 import minference_jax as mj
 from experiments.common.plotting import draw_density, new_figure, save
-from experiments.search.options import KINDS
+from experiments.search.space import KINDS
 from minference_jax.patterns import Kind
-from minference_jax.search import LayerScores, Objective
+from minference_jax.search import Candidates, LayerScores, Objective
 
 NAMES = {made: name for name, made in KINDS.items()}
 
@@ -33,6 +33,7 @@ COLOURS = {
 _FAINTEST = 0.25
 
 _LOSSES: dict[Objective, str] = {
+    "residual_error": "squared error added / squared residual stream",
     "output_error": "squared error / squared output",
     "recall": "attention mass lost (1 - recall)",
     "log_recall": "mean -log of the attention mass kept",
@@ -46,20 +47,18 @@ class Found:
     """The scores of all layers, and what was chosen by them.
 
     Attributes:
-        patterns: of every head.
-        layers: scores of every layer.
+        attention: patterns, or thresholds, of every head.
+        layers: scores of every layer, of the candidates that it was chosen from.
         chosen: number of the candidate of every head.
         objective: what it was chosen by.
-        candidates: the candidates, before their budgets were scaled.
-        targets: costs that they were scaled to, if they were.
+        labels: the candidates in words.
     """
 
-    patterns: mj.HeadPatterns
+    attention: Candidates
     layers: list[LayerScores]
     chosen: Int[np.ndarray, "layers heads"]
     objective: Objective
-    candidates: list[mj.Pattern]
-    targets: list[float] | None
+    labels: list[str]
 
     def of_chosen(self, name: str) -> Float[np.ndarray, "layers heads"]:
         """A score, or a cost, of the chosen candidate of every head."""
@@ -72,59 +71,70 @@ class Found:
         cost, score = self.of_chosen("flops").mean(), self.of_chosen(self.objective).mean()
         return f"{cost:.1%} of dense attention executed, mean {self.objective} {score:.3g}"
 
-    def labels(self) -> list[str]:
-        """The candidates in words."""
-        labels = [label(pattern) for pattern in self.candidates]
-        if self.targets is None or len(set(self.targets)) == 1:
-            return labels
-        return [f"{name} at {at:.3g}" for name, at in zip(labels, self.targets, strict=True)]
-
 
 def table(found: Found) -> Table:
-    """All candidates: what they cost and keep, in the mean over heads, and how many heads won."""
+    """All candidates: cost and scores in the mean over heads, and how many heads chose them.
+
+    "error" is relative to the head's output, "stream" to the residual stream.
+    """
     result = Table(box=None, pad_edge=False)
     result.add_column("means over all heads", no_wrap=True)
-    for name in ("executed", "visited", "error", "recall", "chosen by"):
+    for name in ("executed", "error", "stream", "recall", "heads"):
         result.add_column(name, justify="right", no_wrap=True)
     for row in _rows(found):
-        shares = (f"{row[name]:.1%}" for name in ("flops", "density"))
-        scores = (f"{row[name]:.3f}" for name in ("output_error", "recall"))
-        result.add_row(row["candidate"], *shares, *scores, str(row["heads"]))
+        scores = (
+            f"{row['output_error']:.3f}",
+            f"{row['residual_error']:.1e}",
+            f"{row['recall']:.3f}",
+        )
+        result.add_row(row["candidate"], f"{row['flops']:.1%}", *scores, str(row["heads"]))
     return result
 
 
 def summary(found: Found) -> dict[str, Any]:
     """The figures for a record."""
-    names = ("flops", "density", *OBJECTIVES)
-    return {
-        "candidates": _rows(found),
-        "chosen": {name: float(found.of_chosen(name).mean()) for name in names},
-    }
+    return {"candidates": _rows(found), "chosen": means(found)}
+
+
+def means(found: Found) -> dict[str, float]:
+    """Costs and scores of what was chosen, in the mean over heads."""
+    return {name: float(found.of_chosen(name).mean()) for name in _figures(found)}
+
+
+def _figures(found: Found) -> tuple[str, ...]:
+    density = () if found.layers[0].density is None else ("density",)
+    return ("flops", *density, *OBJECTIVES)
 
 
 def search_picture(found: Found, *, title: str, path: Path) -> Path:
-    """Writes the picture: the kind of every head, shaded by its loss, and what it visits."""
+    """Writes the picture: what every head got, and what it executes.
+
+    Kinds are shaded by their loss; thresholds are named.
+    """
     layers, heads = found.chosen.shape
     width, height = 4.6 + 0.4 * heads, 2.4 + 0.16 * layers
     figure, axes = new_figure(min(max(width, 8.6), 18.0), min(max(height, 3.8), 10.0), columns=2)
     figure.suptitle(textwrap.fill(title, 72), fontsize=10)
-    _draw_kinds(axes[0], found)
-    draw_density(axes[1], found.of_chosen("density").astype(np.float32), "visited by each head")
+    if isinstance(found.attention, mj.HeadPatterns):
+        _draw_kinds(axes[0], found, found.attention)
+    else:
+        _draw_candidates(axes[0], found)
+    executed = found.of_chosen("flops").astype(np.float32)
+    draw_density(axes[1], executed, "executed by each head", "key tiles, of dense attention's")
     return save(figure, path)
 
 
-def _draw_kinds(axes: Axes, found: Found) -> None:
+def _draw_kinds(axes: Axes, found: Found, patterns: mj.HeadPatterns) -> None:
     losses = np.stack([layer.loss(found.objective) for layer in found.layers])
     loss = np.take_along_axis(losses, found.chosen[:, None], axis=1)[:, 0]
     # Most losses are far below the largest: the root tells them apart.
     norm = PowerNorm(0.5, 0.0, max(float(loss.max()), 1e-6))
     weight = 1 - (1 - _FAINTEST) * np.asarray(norm(loss))[..., None]
-    kinds = np.asarray(found.patterns.kind)
+    kinds = np.asarray(patterns.kind)
     colours = np.array([to_rgb(COLOURS[kind]) for kind in sorted(COLOURS)])[kinds]
     axes.imshow(1 - weight * (1 - colours), aspect="auto", origin="upper")
     axes.set(xlabel="head", ylabel="layer", title="pattern, fainter where more is lost")
-    for axis, size in ((axes.xaxis, kinds.shape[1]), (axes.yaxis, kinds.shape[0])):
-        axis.set_major_locator(MaxNLocator(min(size, 10), integer=True))
+    _mark_heads(axes, kinds.shape)
     counts = {kind: int(np.sum(kinds == kind)) for kind in COLOURS}
     axes.figure.legend(
         handles=[
@@ -141,16 +151,33 @@ def _draw_kinds(axes: Axes, found: Found) -> None:
     bar.set_label(_LOSSES[found.objective])
 
 
+def _draw_candidates(axes: Axes, found: Found) -> None:
+    drawn = axes.imshow(
+        found.chosen, aspect="auto", origin="upper", vmin=0, vmax=len(found.labels) - 1
+    )
+    axes.set(xlabel="head", ylabel="layer", title="threshold of each head")
+    _mark_heads(axes, found.chosen.shape)
+    bar = axes.figure.colorbar(drawn, ax=axes, ticks=range(len(found.labels)))
+    bar.ax.set_yticklabels(found.labels)
+
+
+def _mark_heads(axes: Axes, shape: tuple[int, ...]) -> None:
+    for axis, size in ((axes.xaxis, shape[1]), (axes.yaxis, shape[0])):
+        axis.set_major_locator(MaxNLocator(min(size, 10), integer=True))
+
+
 def _rows(found: Found) -> list[dict[str, Any]]:
-    names = ("flops", "density", *OBJECTIVES)
-    means = {name: np.mean([getattr(x, name) for x in found.layers], axis=(0, 2)) for name in names}
+    names = _figures(found)
+    values = {
+        name: np.mean([getattr(x, name) for x in found.layers], axis=(0, 2)) for name in names
+    }
     return [
         {
             "candidate": label,
-            **{name: float(means[name][at]) for name in names},
+            **{name: float(values[name][at]) for name in names},
             "heads": int(np.sum(found.chosen == at)),
         }
-        for at, label in enumerate(found.labels())
+        for at, label in enumerate(found.labels)
     ]
 
 

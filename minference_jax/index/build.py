@@ -27,6 +27,7 @@ def build_index(
     last_q: int,
     dense_above: float | None = None,
     stagger: bool = False,
+    line_scores: tuple[Array, Array] | None = None,
 ) -> BlockSparseIndex:
     """Estimates the sparse index of every head of one layer; jittable, O(N) memory for each head.
 
@@ -46,6 +47,8 @@ def build_index(
             attention becomes dense (see `fallback`); None keeps every list as it is.
         stagger: the tiles of lines start half a query tile later for the second half of its rows,
             so that lines are cut for half as many rows and cover fewer keys.
+        line_scores: what `lines.last_query_scores` gives for these queries and keys, where it is
+            known already; vertical-slash heads then look at nothing else of them.
 
     Returns:
         The index, for `pallas_kernels.block_sparse_attention`.
@@ -56,7 +59,9 @@ def build_index(
     blocks = {"block_q": block_q, "block_kv": block_kv}
     later = block_q // 2 if stagger else 0
     run = {"block_q": block_q - later, "block_kv": block_kv}
-    columns, column_count, near = _line_lists(patterns, q, k, lengths, q_offset, last_q, run)
+    columns, column_count, near = _line_lists(
+        patterns, q, k, lengths, q_offset, last_q, run, line_scores
+    )
 
     rows = num_q_blocks(q_len, block_q)
     first = q_offset + jnp.arange(rows) * block_q
@@ -109,7 +114,7 @@ def build_index(
     )
 
 
-def _line_lists(patterns, q, k, lengths, q_offset, last_q, run):
+def _line_lists(patterns, q, k, lengths, q_offset, last_q, run, scores):
     """Columns, their counts, and the tiles of the chosen distances, for every head.
 
     `run` holds `block_kv` and, as `block_q`, the rows that share one start of each tile.
@@ -117,8 +122,10 @@ def _line_lists(patterns, q, k, lengths, q_offset, last_q, run):
     kv_len = k.shape[1]
 
     def estimate():
-        scores = lines.last_query_scores(q, k, lengths=lengths, q_offset=q_offset, last_q=last_q)
-        return lines.choose_lines(*scores, patterns, lengths=lengths)
+        vertical, slash = scores or lines.last_query_scores(
+            q, k, lengths=lengths, q_offset=q_offset, last_q=last_q
+        )
+        return lines.choose_lines(vertical, slash, patterns, lengths=lengths)
 
     def take_first():
         return lines.forced_lines(patterns, kv_len, lengths=lengths)

@@ -9,6 +9,8 @@ from minference_jax.search.calibration import Calibration as Calibration
 from minference_jax.search.calibration import Calibrations as Calibrations
 from minference_jax.search.calibration import Group as Group
 from minference_jax.search.calibration import Kernel as Kernel
+from minference_jax.search.candidates import Candidates as Candidates
+from minference_jax.search.candidates import for_each_candidate as for_each_candidate
 from minference_jax.search.cost import Measure as Measure
 from minference_jax.search.objective import Objective as Objective
 from minference_jax.search.scores import LayerScores as LayerScores

@@ -8,8 +8,11 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from minference_jax.attention import SparseAttention
+from minference_jax.attention import DenseAttention, SparseAttention
+from minference_jax.index import build_index
+from minference_jax.index.lines import LAST_Q
 from minference_jax.patterns import HeadPatterns
+from pallas_kernels import BlockSparseIndex
 from pallas_kernels.block_sparse_attention.api import Implementation
 
 # Heads that get the same pattern: each its own, or all that share keys and values one.
@@ -21,12 +24,26 @@ class Calibration(NamedTuple):
 
     Prompts of different lengths are padded to one length on the right, so that they share a
     program; `lengths` then says how long they are.
+
+    The last two are for the objective "residual_error", which says how far a head's error moves the
+    residual stream. They come together: a model knows them (`models.common.capture`), q, k and v
+    alone do not.
+
+    Attributes:
+        q: queries.
+        k: keys.
+        v: values.
+        lengths: real tokens of each prompt, all of them if None.
+        projection_gram: W W^T of each head's slice W [head_dim, embed] of the output projection.
+        row_weight: 1 / |x|^2 of each row x of the residual stream before the layer.
     """
 
     q: Float[Array, "batch length heads head_dim"]
     k: Float[Array, "batch length kv_heads head_dim"]
     v: Float[Array, "batch length kv_heads head_dim"]
     lengths: Int[Array, " batch"] | None = None
+    projection_gram: Float[Array, "heads head_dim head_dim"] | None = None
+    row_weight: Float[Array, "batch length"] | None = None
 
 
 # Calibrations of one layer; iterated several times, so that they can be computed when needed.
@@ -53,6 +70,34 @@ class Kernel:
             stagger=self.stagger,
         )
 
+    def index(
+        self,
+        patterns: HeadPatterns,
+        q: Float[Array, "batch length heads head_dim"],
+        k: Float[Array, "batch length kv_heads head_dim"],
+        *,
+        lengths: Int[Array, " batch"] | None,
+        line_scores: tuple[Array, Array] | None = None,
+    ) -> BlockSparseIndex:
+        """What `attention` visits with the patterns of one layer; see `build_index`."""
+        return build_index(
+            patterns,
+            q,
+            k,
+            lengths=lengths,
+            block_q=self.block_q,
+            block_kv=self.block_kv,
+            last_q=LAST_Q,
+            stagger=self.stagger,
+            line_scores=line_scores,
+        )
+
+    def dense(self) -> DenseAttention:
+        """What candidates are compared with."""
+        return DenseAttention(
+            block_q=self.block_q, block_kv=self.block_kv, implementation=self.implementation
+        )
+
 
 def each(prompts: Calibrations) -> Iterator[Calibration]:
     """Iterates over the prompts.
@@ -75,9 +120,22 @@ def each(prompts: Calibrations) -> Iterator[Calibration]:
 
 
 def summed(prompts: Calibrations, run: Callable[[Calibration], Any]) -> Any:
-    """Adds up, in float64, the arrays that `run` gives for every prompt."""
-    total = None
+    """Adds up, in float64, the arrays that `run` gives for every prompt.
+
+    Raises:
+        TypeError: see `each`.
+        ValueError: see `each`; or some prompts say how errors reach the residual stream, and others
+            do not.
+    """
+    total, first = None, None
     for prompt in each(prompts):
+        known = (prompt.projection_gram is not None, prompt.row_weight is not None)
+        first = known if first is None else first
+        if known != first or known[0] != known[1]:
+            raise ValueError(
+                "every calibration prompt must have both `projection_gram` and `row_weight`, or "
+                "none of them any of the two"
+            )
         sums = jax.tree.map(lambda x: x.astype(np.float64), jax.device_get(run(prompt)))
         total = sums if total is None else jax.tree.map(np.add, total, sums)
     return total

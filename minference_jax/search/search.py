@@ -1,6 +1,8 @@
 """The pattern search of one layer: every candidate's scores, and the best candidates."""
 
+import functools
 from collections.abc import Sequence
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ from jaxtyping import Array, Float, Int
 from minference_jax.patterns import HeadPatterns, Pattern
 from minference_jax.search.budget import fit_budgets
 from minference_jax.search.calibration import Calibration, Calibrations, Group, Kernel, each, summed
+from minference_jax.search.candidates import Candidates, for_each_candidate
 from minference_jax.search.cost import Measure, work_of
 from minference_jax.search.objective import Objective, differences
 from minference_jax.search.scores import LayerScores, choose, picked
@@ -68,69 +71,77 @@ def search_patterns(
         )
     scores = score_candidates(patterns, prompts, first_row=first_row, kernel=kernel)
     best = choose(scores, objective, at_most=target, measure=measure, group=group)
-    return picked([scores], best[None]), scores
+    return cast("HeadPatterns", picked([scores], best[None])), scores
 
 
 def score_candidates(
-    candidates: HeadPatterns,
+    candidates: Candidates,
     prompts: Calibrations,
     *,
     first_row: int = 0,
+    density: bool = True,
     kernel: Kernel = Kernel(),  # noqa: B008, immutable
 ) -> LayerScores:
     """Attends with every candidate, and compares with dense attention.
 
     Args:
-        candidates: patterns [candidates, heads] of one layer.
+        candidates: patterns [candidates, heads] of one layer; or an attention whose parameters are
+            arrays [candidates, heads], or the same for all candidates: [heads] or a number.
         prompts: calibration prompts; sums are over all of them, so longer ones weigh more.
         first_row: rows before it are not scored.
-        kernel: how the attention will be executed.
+        density: also count pairs of query and key; for long prompts that can take longer than to
+            attend.
+        kernel: how patterns will be executed. An attention knows that itself.
 
     Raises:
-        ValueError: no row is left to score, or there are no prompts.
+        ValueError: no row is left to score, there are no prompts, or a parameter has another shape.
         TypeError: `prompts` can be iterated only once.
     """
-    attention = kernel.attention(candidates)
-    changes, flops, pairs = summed(prompts, lambda prompt: _sums(attention, *prompt, first_row))
+    heads, kv_heads = (x.shape[2] for x in next(each(prompts))[:2])
+    candidates = for_each_candidate(candidates, heads)
+    patterns = isinstance(candidates, HeadPatterns)
+    attention = kernel.attention(candidates) if patterns else candidates
+    measures = ("flops", "density") if density else ("flops",)
+    changes, flops, *pairs = summed(
+        prompts,
+        lambda prompt: _sums(attention, kernel.dense(), prompt, first_row, measures=measures),
+    )
     if not np.all(changes.rows > 0):
         raise ValueError(f"`first_row` ({first_row}) must be below the length of the prompts")
     return LayerScores(
         candidates=candidates,
-        kv_heads=next(each(prompts)).k.shape[2],
+        kv_heads=kv_heads,
         flops=flops.sparse / flops.dense,
-        density=pairs.sparse / pairs.dense,
+        density=pairs[0].sparse / pairs[0].dense if density else None,
         output_error=changes.squared / np.maximum(changes.dense_squared, 1e-30),
+        residual_error=None if changes.residual is None else changes.residual / changes.rows,
         recall=1.0 - changes.lost_mass / changes.rows,
         log_recall=-changes.lost_log_mass / changes.rows,
         count=changes.far_off / changes.elements,
     )
 
 
-@jax.jit
-def _sums(candidates, q, k, v, lengths, first_row):
+@functools.partial(jax.jit, static_argnames="measures")
+def _sums(candidates, dense, prompt, first_row, *, measures):
+    """Sums over the rows of some prompts, for every candidate: one program, with dense in it."""
+    q, k, v, lengths, *residual = prompt
     length = q.shape[1]
     row = jnp.arange(length)[None, :]
     counted = (row >= first_row) & (row < (length if lengths is None else lengths[:, None]))
 
-    def one(dense, candidate):
-        attention, is_dense = candidate
+    def run(attention):
         # The compiler drops this output; the second call gives it with its log-sum-exps.
         _, index = attention.attend(q, k, v, lengths=lengths)
-        out, lse = block_sparse_attention(
+        return index, block_sparse_attention(
             q, k, v, index, lengths=lengths, implementation=attention.implementation,
             return_residuals=True,
         )  # fmt: skip
-        dense_out, dense_lse = (
-            jnp.where(is_dense, new, old) for new, old in zip((out, lse), dense, strict=True)
-        )
-        work = (work_of(index, length, lengths, measure) for measure in ("flops", "density"))
-        sums = differences(out, lse, dense_out, dense_lse, counted)
-        return (dense_out, dense_lse), (sums, *work)
 
-    # Dense attention, which the others are compared with, runs first and in the same program: a
-    # pattern of zeros is dense.
-    attentions = jax.tree.map(lambda x: jnp.concatenate([jnp.zeros_like(x[:1]), x]), candidates)
-    is_dense = jnp.arange(candidates.patterns.kind.shape[0] + 1) == 0
-    nothing = (jnp.zeros_like(q), jnp.zeros((q.shape[0], q.shape[2], length), jnp.float32))
-    _, sums = jax.lax.scan(one, nothing, (attentions, is_dense))
-    return jax.tree.map(lambda x: x[1:], sums)
+    _, wanted = run(dense)
+
+    def one(attention):
+        index, got = run(attention)
+        work = (work_of(index, length, lengths, measure) for measure in measures)
+        return differences(*got, *wanted, counted, *residual), *work
+
+    return jax.lax.map(one, candidates)

@@ -112,6 +112,23 @@ def layer_output(
     return run_layer(params, layer, x, lengths, config=config, attend=attend)[0]
 
 
+@jax.jit
+def output_gram(
+    params: Params, layer: Int[Array, ""] | int
+) -> Float[Array, "heads head_dim head_dim"]:
+    """W W^T of each head's slice W [head_dim, embed] of one layer's output projection, float32.
+
+    A change `d` of a head's output moves the residual stream by `d W`, of squared length
+    `d (W W^T) d`.
+
+    Args:
+        params: the tree described in `models.common.decoder`.
+        layer: its number.
+    """
+    kernel = params["layers"]["attention"]["o_proj"]["kernel"][layer].astype(jnp.float32)
+    return jnp.einsum("hde,hfe->hdf", kernel, kernel, precision="highest")
+
+
 def read_hidden(
     params: Params,
     tokens: Int[Array, "batch s"],

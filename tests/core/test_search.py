@@ -18,11 +18,12 @@ from minference_jax.search import (
     choose,
     executed_share,
     fit_budgets,
+    for_heads,
     picked,
     score_candidates,
 )
 from minference_jax.search.search import _sums as score_sums
-from tests.core.planted import BLOCK, HEADS, KV_HEADS, LENGTH, PLANTED, planted_qkv
+from tests.core.planted import BLOCK, HEAD_DIM, HEADS, KV_HEADS, LENGTH, PLANTED, planted_qkv
 from tests.helpers import causal_mask, masked_attention
 
 KERNEL = Kernel(block_q=BLOCK, block_kv=BLOCK)
@@ -31,6 +32,8 @@ LINES = [
     mj.VerticalSlash(vertical_size=columns, slash_size=distances, sink_size=1, window_size=1)
     for columns, distances in ((1, 4), (4, 1))
 ]
+EMBED = 24
+PROJECTION = np.random.default_rng(9).standard_normal((HEADS, HEAD_DIM, EMBED))
 FAMILIES = [
     mj.AShape(sink_size=1, window_size=8),
     *LINES,
@@ -43,7 +46,16 @@ FAMILIES = [
 def calibration(*seeds, lengths=(LENGTH, LENGTH)):
     """Two planted prompts; garbage pads them to one length, so that all tests share programs."""
     qkv = map(np.concatenate, zip(*map(planted_qkv, seeds), strict=True))
-    return Calibration(*map(jnp.asarray, qkv), jnp.array(lengths))
+    gram = np.einsum("hde,hfe->hdf", PROJECTION, PROJECTION)
+    weight = 1 / np.stack([(stream(seed) ** 2).sum(axis=1) for seed in seeds])
+    residual = (jnp.asarray(x, jnp.float32) for x in (gram, weight))
+    return Calibration(*map(jnp.asarray, qkv), jnp.array(lengths), *residual)
+
+
+def stream(seed):
+    """A residual stream whose rows differ much in length."""
+    rng = np.random.default_rng(seed)
+    return rng.standard_normal((LENGTH, EMBED)) * np.exp(rng.standard_normal((LENGTH, 1)))
 
 
 @pytest.fixture(scope="module")
@@ -69,23 +81,48 @@ def test_planted_patterns_are_found(searched):
             assert (recalls[at] > 0.5) == (wanted is not None), name
 
 
+SPARSE = np.array([not isinstance(family, mj.Dense) for family in FAMILIES])
+
+
+def one_line_more(candidates):
+    """Every budget a line, or a block, larger."""
+    lined = (candidates.kind == Kind.A_SHAPE) | (candidates.kind == Kind.TRI_SHAPE)
+    scaled = dict.fromkeys(("vertical_size", "slash_size", "last_size", "num_blocks"), True)
+    scaled |= {"sink_size": lined, "window_size": lined}
+    sizes = {name: getattr(candidates, name) for name in scaled}
+    more = {
+        name: jnp.where((size > 0) & scaled[name], size + 1, size) for name, size in sizes.items()
+    }
+    return dataclasses.replace(candidates, **more)
+
+
 def test_budgets_cost_what_was_asked_and_a_line_more_would_not(searched):
     for scores, prompts in searched:
-        sparse = np.array([not isinstance(family, mj.Dense) for family in FAMILIES])
-        assert np.all(scores.flops[sparse] <= TARGET)
-        assert np.all(scores.flops[~sparse] == 1)
-        kind = scores.candidates.kind
-        lined = (kind == Kind.A_SHAPE) | (kind == Kind.TRI_SHAPE)
-        scaled = dict.fromkeys(("vertical_size", "slash_size", "last_size", "num_blocks"), True)
-        scaled |= {"sink_size": lined, "window_size": lined}
-        sizes = {name: getattr(scores.candidates, name) for name in scaled}
-        more = {
-            name: jnp.where((size > 0) & scaled[name], size + 1, size)
-            for name, size in sizes.items()
-        }
-        more = dataclasses.replace(scores.candidates, **more)
-        cost = executed_share(more, prompts, kernel=KERNEL)
-        assert np.all(cost[sparse] > TARGET)
+        assert np.all(scores.flops[SPARSE] <= TARGET)
+        assert np.all(scores.flops[~SPARSE] == 1)
+        cost = executed_share(one_line_more(scores.candidates), prompts, kernel=KERNEL)
+        assert np.all(cost[SPARSE] > TARGET)
+
+
+class Stream:
+    """Prompts that are made when they are read, and how often they were."""
+
+    def __init__(self, *prompts):
+        self.prompts, self.read = prompts, 0
+
+    def __iter__(self):
+        self.read += 1
+        yield from self.prompts
+
+
+def test_fitting_reads_the_prompts_once():
+    prompts = Stream(calibration(5, 6), calibration(7, 8))
+    fitted = fit_budgets(FAMILIES, prompts, target=TARGET, kernel=KERNEL)
+    assert prompts.read == 1
+    # What counts is all of them together.
+    assert np.all(executed_share(fitted, prompts, kernel=KERNEL)[SPARSE] <= TARGET)
+    more = executed_share(one_line_more(fitted), prompts, kernel=KERNEL)
+    assert np.all(more[SPARSE] > TARGET)
 
 
 def counted_tiles(index, row, head, length):
@@ -98,7 +135,7 @@ def counted_tiles(index, row, head, length):
     return total
 
 
-def row_by_row(q, k, v, mask, first_row):
+def row_by_row(q, k, v, mask, first_row, x):
     """Of one prompt: what each objective is a share of, for every head, as (part, whole)."""
     causal = causal_mask(len(q), len(q))
     out, dense = (
@@ -111,7 +148,10 @@ def row_by_row(q, k, v, mask, first_row):
     weights /= weights.sum(axis=2, keepdims=True)
     kept = np.where(mask, weights, 0).sum(axis=2)[:, first_row:]
     delta = out - dense
+    moved = np.einsum("qhd,hde->qhe", delta, PROJECTION)
+    moved = (moved**2).sum(axis=2) / (x[first_row:] ** 2).sum(axis=1)[:, None]
     return {
+        "residual_error": (moved.sum(axis=0), len(moved)),
         "output_error": ((delta**2).sum(axis=(0, 2)), (dense**2).sum(axis=(0, 2))),
         "recall": (kept.sum(axis=1), kept.shape[1]),
         "log_recall": (np.log(kept).sum(axis=1), kept.shape[1]),
@@ -132,12 +172,13 @@ def test_scores_are_those_of_masked_attention():
 
     run = jax.jit(lambda attention, q, k, v, lengths: attention.attend(q, k, v, lengths=lengths)[1])
     for number in range(2):
-        index = run(KERNEL.attention(candidates).layer(number), *prompt)
+        index = run(KERNEL.attention(candidates).layer(number), *prompt[:4])
         masks = np.asarray(index.to_mask(LENGTH, LENGTH))
         sums, tiles = [], []
         for row, length in enumerate(lengths):
             qkv = (np.asarray(x)[row, :length] for x in prompt[:3])
-            sums.append(row_by_row(*qkv, masks[row, :, :length, :length], first_row))
+            mask, x = masks[row, :, :length, :length], stream(row)[:length]
+            sums.append(row_by_row(*qkv, mask, first_row, x))
             tiles.append([counted_tiles(index, row, head, length) for head in range(HEADS)])
         for name in sums[0]:
             part, whole = (sum(x) for x in zip(*(own[name] for own in sums), strict=True))
@@ -155,7 +196,7 @@ def test_prompts_one_after_another_count_as_together(searched):
     both = calibration(0, 1, lengths=(LENGTH, 400))
     streamed = score_candidates(candidates, [one, other], kernel=KERNEL)
     together = score_candidates(candidates, [both], kernel=KERNEL)
-    for name in ("flops", "density", "output_error", "recall", "log_recall", "count"):
+    for name in ("flops", "density", "output_error", "residual_error", "recall", "count"):
         got, want = getattr(streamed, name), getattr(together, name)
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6, err_msg=name)
 
@@ -174,7 +215,7 @@ def test_heads_of_a_group_share_budgets_and_patterns():
 def synthetic(flops, recall, kv_heads=2):
     """Scores of candidates that only differ in these; [candidates, heads]."""
     values = {"flops": np.array(flops, float), "recall": np.array(recall, float)}
-    others = ("density", "output_error", "log_recall", "count")
+    others = ("output_error", "log_recall", "count")
     values |= {name: np.zeros_like(values["flops"]) for name in others}
     heads = values["flops"].shape[1]
     rows = [[mj.AShape(sink_size=0, window_size=1 + i)] * heads for i in range(len(flops))]
@@ -200,7 +241,13 @@ def test_scores_survive_a_file(searched, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["layer.npz"]
     assert read.candidates.grid() == searched[0][0].candidates.grid()
     assert jax.tree.structure(read.candidates) == jax.tree.structure(searched[0][0].candidates)
-    np.testing.assert_array_equal(read.log_recall, searched[0][0].log_recall)
+    for name in ("log_recall", "residual_error"):
+        np.testing.assert_array_equal(getattr(read, name), getattr(searched[0][0], name))
+    old = dict(np.load(path))
+    del old["version"]
+    np.savez(path, **old)
+    with pytest.raises(ValueError, match="of version 1, expected 2; search again"):
+        LayerScores.load(path)
     path.write_bytes(path.read_bytes()[:500])
     with pytest.raises(ValueError, match="holds no scores"):
         LayerScores.load(path)
@@ -212,7 +259,9 @@ def test_no_array_grows_with_the_square_of_the_length():
     shapes = [jax.ShapeDtypeStruct((1, length, 1, width), jnp.bfloat16)] * 3
     patterns = mj.HeadPatterns.from_grid([[p] for p in TABLE_7])
     candidates = Kernel().attention(patterns)
-    run = lambda *qkv: score_sums(candidates, *qkv, None, 0)
+    run = lambda *qkv: score_sums(
+        candidates, Kernel().dense(), Calibration(*qkv), 0, measures=("flops",)
+    )
     largest = max(_sizes(jax.make_jaxpr(run)(*shapes).jaxpr))
     assert length * width <= largest < 100 * length * width < length**2
 
@@ -227,6 +276,12 @@ def _sizes(jaxpr):
 @pytest.mark.usefixtures("as_users_see_it")
 def test_misuse_is_explained():
     prompt = calibration(0, 1)
+    with pytest.raises(ValueError, match="the residual error was not scored: give `Calibration`"):
+        choose(synthetic([[0.2]], [[0.5]]), "residual_error")
+    with pytest.raises(ValueError, match="the density was not counted: score with `density=True`"):
+        choose(synthetic([[0.2]], [[0.5]]), "recall", at_most=0.3, measure="density")
+    with pytest.raises(ValueError, match="both `projection_gram` and `row_weight`"):
+        score_candidates(for_heads(FAMILIES, HEADS), [prompt._replace(row_weight=None)])
     with pytest.raises(ValueError, match="at least one pattern"):
         mj.search_patterns(*prompt[:3], candidates=[])
     with pytest.raises(ValueError, match="`target` must be above 0, got 0"):

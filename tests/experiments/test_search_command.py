@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from matplotlib.image import imread
@@ -9,9 +10,9 @@ from matplotlib.image import imread
 import minference_jax as mj
 from experiments.__main__ import main
 from experiments.common.record import read_records
-from experiments.search import calibrate
+from experiments.search import calibrate, command
 from experiments.search.options import CalibrationOptions
-from minference_jax.search import LayerScores, for_heads
+from minference_jax.search import LayerScores, for_each_candidate, for_heads
 from models import load_model
 
 # A prompt of several tiles, which the tiny model reads with its context stretched.
@@ -49,9 +50,10 @@ def scored(monkeypatch):
     def score(candidates, prompts, **kwargs):
         keys = [np.asarray(prompt.k, np.float64) for prompt in prompts]
         calls.append(keys)
+        candidates = for_each_candidate(candidates, heads=4)
         rng = np.random.default_rng(int(1e6 * abs(np.sum(keys))))
-        cost = np.sort(rng.uniform(0.1, 1.0, candidates.kind.shape), axis=0)
-        names = ("output_error", "recall", "log_recall", "count")
+        cost = np.sort(rng.uniform(0.1, 1.0, jax.tree.leaves(candidates)[0].shape), axis=0)
+        names = ("output_error", "residual_error", "recall", "log_recall", "count")
         values = {name: rng.uniform(0, 1, cost.shape) for name in names}
         return LayerScores(candidates=candidates, kv_heads=2, flops=cost, density=cost, **values)
 
@@ -77,7 +79,7 @@ def test_patterns_are_found_and_written(search, capsys):
     for scores, row in zip(layers, patterns.grid(), strict=True):
         assert np.all(scores.flops <= 0.9)
         for head, pattern in enumerate(row):
-            best = int(scores.output_error[:, head].argmin())
+            best = int(scores.residual_error[:, head].argmin())
             assert pattern == scores.candidates.grid()[best][head]
     assert result["prompt_tokens"] == [500]
     assert sum(row["heads"] for row in result["candidates"]) == 8
@@ -126,6 +128,50 @@ def test_another_objective_chooses_anew_without_scoring(search, scored):
     assert (folder / "patterns.json").read_text() != before
 
 
+def least_loss(cost, loss, numbers, limit):
+    """By brute force: of some candidates, the best within the limit; without one, the cheapest."""
+    within = [n for n in numbers if cost[n] <= limit] or [min(numbers, key=lambda n: cost[n])]
+    return min(within, key=lambda n: loss[n])
+
+
+def test_one_run_gives_other_choices_and_another_target_needs_no_model(
+    search, scored, monkeypatch, capsys
+):
+    levels = ["--kinds", "a_shape", "vertical_slash", "dense", "--levels", "0.85", "0.95"]
+    folder, result = search(*levels, "--target", "0.85", "--budget", "global")
+    spent = result["chosen"]["flops"]
+    assert "dense" in [row["candidate"] for row in result["candidates"] if row["heads"]]
+    layers = [LayerScores.load(folder / "layers" / f"layer_00{i}.npz") for i in range(2)]
+    # Of each level, the first candidate is the A-shape.
+    numbers = {"patterns_each": range(10), "only_a_shape": (0, 5)}
+    numbers["only_vertical_slash"] = [n for n in range(10) if n % 5]
+    assert result["others"].keys() == {*numbers, "patterns_global"}
+
+    def check(limit):
+        for name, allowed in numbers.items():
+            found = mj.HeadPatterns.load(folder / f"{name}.json").window_size - 1
+            for scores, row in zip(layers, found.tolist(), strict=True):
+                each = zip(scores.flops.T, scores.residual_error.T, strict=True)
+                assert row == [least_loss(*head, allowed, limit) for head in each], name
+
+    check(0.85)
+    common = (folder / "patterns.json").read_text()
+    assert common == (folder / "patterns_global.json").read_text()
+    assert result["others"]["patterns_global"] == result["chosen"]
+
+    monkeypatch.setattr(command, "load", None)
+    again = [*levels[:4], "--budget", "global"]
+    _, result = search(*again, "--target", "0.95")
+    check(0.95)
+    assert spent < result["chosen"]["flops"] <= 0.95
+    assert (result["layers_searched"], len(scored)) == (0, 2)
+    capsys.readouterr()
+    _, result = search(*again, "--target", "0.9")
+    assert result["others"].keys() == {"patterns_global"}
+    assert not (folder / "only_a_shape.json").exists()
+    assert "0.9 is not among the --levels of the scores" in capsys.readouterr().out
+
+
 def test_a_common_budget_is_kept_and_prompts_are_streamed(search, scored):
     common = ["--budget", "global", "--target", "0.5", "--space", "shipped_v2"]
     _, result = search(*common, "--prompts", "2", "--group", "kv_group")
@@ -162,6 +208,12 @@ def told(capsys, *argv):
             ["--target", "0.3", "--space", "paper"], "have the cost they have", id="fixed-space"
         ),
         pytest.param([*LINES, "--target", "0.7"], "budgets execute 0.800", id="impossible-budget"),
+        pytest.param([*LINES, "--levels", "0.85"], "must be one of --levels 0.85", id="no-level"),
+        pytest.param([*LINES, "--budget", "global", "--levels", "0.9"], "only one", id="one-level"),
+        pytest.param([*LINES, "--levels", "0.9", "0.1"], "--levels 0.1 0.9 cannot", id="low-level"),
+        pytest.param(["--levels", "0.9", "--space", "paper"], "other spaces", id="no-levels"),
+        pytest.param(["--space", "hybrid", "--kinds", "a_shape"], "not apply", id="adaptive-kinds"),
+        pytest.param(["--space", "hybrid", "--original"], "cannot hold", id="adaptive-original"),
         pytest.param(["--kinds", "dense"], "no pattern of --kinds dense", id="no-candidate"),
         pytest.param(["--first-row", "500"], "below --length 500", id="first-row"),
         pytest.param(["--original"], "cannot hold BlockSparse", id="original-format"),
@@ -216,3 +268,29 @@ def test_a_folder_of_another_search_is_left_alone(capsys, search, scored, tiny_m
     assert files(folder).keys() == before.keys()
     (folder / "settings.json").write_text(json.dumps({}))
     assert "other settings" in told(capsys, *again)
+
+
+def test_thresholds_are_found_and_written(search, scored, capsys):
+    hybrid = ["--space", "hybrid", "--levels", "0.05", "0.5", "--columns", "20"]
+    folder, result = search(*hybrid, "--budget", "global", "--target", "0.8")
+    layers = [LayerScores.load(folder / "layers" / f"layer_00{i}.npz") for i in range(2)]
+    found = mj.load_attention(folder / "patterns.json")
+    alpha = np.asarray(found.estimator.blocks.alpha)
+    assert {0.0} < set(alpha.ravel()) <= {np.float32(0.5), np.float32(0.05), 0.0}
+    # Dense heads need no columns.
+    assert np.array_equal(found.estimator.num_columns, np.where(alpha > 0, 20, 0))
+    spent = [
+        {0.5: scores.flops[0], 0.05: scores.flops[1], 0.0: np.ones(4)}[round(float(x), 2)][head]
+        for scores, row in zip(layers, alpha, strict=True)
+        for head, x in enumerate(row)
+    ]
+    assert result["chosen"]["flops"] == pytest.approx(np.mean(spent))
+    assert np.mean(spent) <= 0.8
+    each = mj.load_attention(folder / "patterns_each.json").estimator.blocks.alpha
+    for scores, row in zip(layers, np.asarray(each), strict=True):
+        heads = zip(scores.flops.T, scores.residual_error.T, strict=True)
+        best = [least_loss(*head, (0, 1), 0.8) for head in heads]
+        assert np.array_equal(row, np.array([0.5, 0.05], np.float32)[best])
+    assert "alpha 0.05, 20 columns" in capsys.readouterr().out
+    pixels = imread(folder / "patterns.png")[..., :3]
+    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50

@@ -4,7 +4,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.common.capture import capture_qkv, embed_prompt, layer_output, layer_qkv
+from models.common.capture import (
+    capture_qkv,
+    embed_prompt,
+    layer_output,
+    layer_qkv,
+    output_gram,
+)
 from models.common.decoder import prefill
 from tests.models.tiny import CONFIG, ScaledQueries, random_tokens, tiny_params
 
@@ -36,3 +42,14 @@ def test_prompts_beyond_the_context_are_refused():
     lengths = jnp.array([CONFIG.max_position + 1], jnp.int32)
     with pytest.raises(ValueError, match="do not fit the model's context of 256"):
         embed_prompt(tiny_params(), tokens, config=CONFIG, lengths=lengths)
+
+
+def test_gram_measures_what_a_head_adds_to_the_stream():
+    params, rng = tiny_params(), np.random.default_rng(0)
+    kernel = np.asarray(params["layers"]["attention"]["o_proj"]["kernel"], np.float64)
+    for layer in range(CONFIG.num_layers):
+        gram = np.asarray(output_gram(params, layer))
+        for head, own in enumerate(gram):
+            change = rng.standard_normal(CONFIG.head_dim)
+            want = np.sum((change @ kernel[layer, head]) ** 2)
+            np.testing.assert_allclose(change @ own @ change, want, rtol=1e-5)
