@@ -1,4 +1,8 @@
-"""What the default device is, for choosing implementations."""
+"""What the default device is, for choosing implementations, and which code runs."""
+
+import os
+import subprocess
+from pathlib import Path
 
 import jax
 
@@ -19,6 +23,27 @@ def not_hopper() -> str | None:
             f"({device.device_kind}) has {device.compute_capability}"
         )
     return None
+
+
+def git_revision() -> str | None:
+    """The commit of the source tree, with `+changes` if files differ; None if unknown.
+
+    A tree that was copied without its repository takes it from `MINFERENCE_REVISION`.
+    """
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return os.environ.get("MINFERENCE_REVISION")
+    try:
+        return subprocess.run(
+            ["git", "describe", "--always", "--abbrev=40", "--dirty=+changes", "--exclude=*"],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def _device() -> jax.Device:
