@@ -45,7 +45,7 @@ def planted_qkv(
     """
     topic_key, block_key, key_key, query_key, value_key = jax.random.split(key, 5)
     num_blocks, topics = cdiv(length, _BLOCK), max(4, round(_TOPICS * (length / _AT) ** 0.5))
-    sink = jnp.zeros(head_dim).at[0].set(1.0)
+    sink = jnp.zeros((1, head_dim)).at[0, 0].set(1.0)
     rows = lambda x: jnp.repeat(x, _BLOCK, axis=0)[:length]
     noise = lambda key: jax.random.normal(key, (length, head_dim), jnp.bfloat16)
 

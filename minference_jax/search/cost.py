@@ -40,4 +40,6 @@ def work_of(index: BlockSparseIndex, length: int, lengths: Array | None, measure
     last_row = (1 + jnp.arange(num_q_blocks(length, index.block_q))) * index.block_q - 1
     tiles = executed_tiles(index.count, index.columns, index.column_count, last_row, index.block_kv)
     dense = dense_index(batch, heads, length, length, lengths=lengths, **blocks).count
+    # A query tile that visits every key has its columns inside its tiles.
+    tiles = jnp.where(index.count >= dense, index.count, tiles)
     return Work(*(jnp.sum(x, axis=(0, 2)).astype(jnp.float32) for x in (tiles, dense)))
