@@ -82,8 +82,8 @@ def cases(heads: int) -> list[Case]:
 
 def _adaptive(name: str, estimator: Estimator, layout: Layout | None = None) -> Case:
     attention = AdaptiveAttention(estimator, layout or Layout())
-    about = dataclasses.asdict(estimator) | {"layout": dataclasses.asdict(attention.layout)}
-    return Case(name, AdaptiveAttention.estimate, jax.tree.map(jnp.asarray, attention), about)
+    given = jax.tree.map(jnp.asarray, attention)
+    return Case(name, AdaptiveAttention.estimate, given, dataclasses.asdict(attention))
 
 
 def measure_length(options: argparse.Namespace, length: int) -> Iterator[dict[str, Any]]:
@@ -105,7 +105,8 @@ def measure_length(options: argparse.Namespace, length: int) -> Iterator[dict[st
     q, k, v = programs.get("draw", key)(key)
     dense = None
     for case in chosen:
-        record = {"length": length, **sizes, "estimator": case.name, **case.parameters}
+        record: dict[str, Any] = {"length": length, **sizes}
+        record |= {"estimator": case.name, "parameters": case.parameters}
         try:
             if case.name in failed:
                 raise failed[case.name]

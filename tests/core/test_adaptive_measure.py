@@ -30,7 +30,7 @@ def test_a_record_for_each_estimator_and_errors_in_theirs(tmp_path, monkeypatch,
     assert dense["executed"] == dense["dense_tiles"] == 1
     together = threshold["estimate_ms"] + threshold["attention_ms"]
     assert threshold["of_dense"] == pytest.approx(together / dense["attention_ms"])
-    assert (threshold["alpha"], threshold["pooled_rows"]) == (0.1, 16)
+    assert threshold["parameters"]["estimator"]["pooled_rows"] == 16
     # The planted heads go from those that look at many topics to those that look at few.
     shares = threshold["executed_by_head"]
     assert shares[0] > shares[-1]
