@@ -11,9 +11,13 @@ from jaxtyping import Array, Float, Int
 from minference_jax.adaptive.layout import Layout, check_number, per_list, split_heads
 from minference_jax.adaptive.lists import index_of_blocks, own_blocks
 from minference_jax.adaptive.scores import masked_softmax, products
-from minference_jax.index.select import top_k_mask, top_mass_count
+from minference_jax.index.select import top_mass_mask
 from pallas_kernels.block_sparse_attention.index import BlockSparseIndex
 from pallas_kernels.common.tiling import cdiv
+
+# Lengths of the front of the keys that query tiles may be scored against. Half of all pairs are
+# causal; this many lengths score (1 + 1 / _FRONTS) / 2 of them.
+_FRONTS = 4
 
 
 @no_type_check
@@ -79,7 +83,7 @@ def _group_keys(k, end, padded, *, stride):
 
 def _choose(tau, keys, rows, tile, first, end, *, layout, stride):
     """Blocks [tiles, num_blocks] that some query tiles of one list keep; see `index_of_blocks`."""
-    mass = block_mass(keys, rows, first, end, layout=layout, stride=stride)
+    mass = _mass_before(keys, rows, first, end, layout=layout, stride=stride)
     num_blocks = mass.shape[1]
     block = jnp.arange(num_blocks)[None, :]
     forced = own_blocks(first, num_blocks, layout) | (block == 0)
@@ -87,9 +91,27 @@ def _choose(tau, keys, rows, tile, first, end, *, layout, stride):
     def one_tile(mass, forced):
         rest = jnp.where(forced, -1.0, mass)
         needed = tau * jnp.sum(mass) - jnp.sum(jnp.where(forced, mass, 0.0))
-        return forced | top_k_mask(rest, top_mass_count(rest, needed))
+        return forced | top_mass_mask(rest, needed)
 
     return jax.vmap(one_tile)(mass, forced)
+
+
+def _mass_before(keys, rows, first, end, *, layout, stride):
+    """`block_mass` of all key blocks, computed from a front part of them that holds every row.
+
+    Later keys have no mass. How long a front the query tiles need is known at run time only.
+    """
+    groups = layout.block_kv // stride
+    num_blocks = keys.shape[0] // groups
+
+    def of_front(blocks):
+        mass = block_mass(keys[: blocks * groups], rows, first, end, layout=layout, stride=stride)
+        return jnp.pad(mass, ((0, 0), (0, num_blocks - blocks)))
+
+    fronts = sorted({cdiv(num_blocks * (part + 1), _FRONTS) for part in range(_FRONTS)})
+    ends = jnp.array(fronts[:-1], jnp.int32) * layout.block_kv
+    which = jnp.sum(ends < first[-1] + layout.block_q)
+    return jax.lax.switch(which, [functools.partial(of_front, blocks) for blocks in fronts])
 
 
 def block_mass(keys, rows, first, end, *, layout, stride):
