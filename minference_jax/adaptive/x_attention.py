@@ -67,9 +67,12 @@ class XAttention:
         num_blocks = cdiv(kv_len, layout.block_kv)
         grouped = jax.vmap(functools.partial(_group_keys, stride=stride), in_axes=(1, None, None))
         keys = jax.vmap(grouped, in_axes=(0, 0, None))(k, end, num_blocks * layout.block_kv)
+        ends = {cdiv(num_blocks * (part + 1), _FRONTS) for part in range(_FRONTS)}
+        # Cut here: inside the loop over query tiles each step would copy its front.
+        fronts = [keys[:, :, : x * layout.block_kv // stride] for x in sorted(ends)]
         return index_of_blocks(
             functools.partial(_choose, layout=layout, stride=stride),
-            per_list(self.tau, "tau", q), keys, q, kv_len, lengths=lengths, q_offset=q_offset,
+            per_list(self.tau, "tau", q), fronts, q, kv_len, lengths=lengths, q_offset=q_offset,
             layout=layout, scores_per_tile=layout.block_q // stride * keys.shape[2],
         )  # fmt: skip
 
@@ -81,9 +84,9 @@ def _group_keys(k, end, padded, *, stride):
     return k.reshape(padded // stride, -1)
 
 
-def _choose(tau, keys, rows, tile, first, end, *, layout, stride):
+def _choose(tau, fronts, rows, tile, first, end, *, layout, stride):
     """Blocks [tiles, num_blocks] that some query tiles of one list keep; see `index_of_blocks`."""
-    mass = _mass_before(keys, rows, first, end, layout=layout, stride=stride)
+    mass = _mass_before(fronts, rows, first, end, layout=layout, stride=stride)
     num_blocks = mass.shape[1]
     block = jnp.arange(num_blocks)[None, :]
     forced = own_blocks(first, num_blocks, layout) | (block == 0)
@@ -96,22 +99,20 @@ def _choose(tau, keys, rows, tile, first, end, *, layout, stride):
     return jax.vmap(one_tile)(mass, forced)
 
 
-def _mass_before(keys, rows, first, end, *, layout, stride):
-    """`block_mass` of all key blocks, computed from a front part of them that holds every row.
+def _mass_before(fronts, rows, first, end, *, layout, stride):
+    """`block_mass` of all key blocks, from the shortest front of the keys that holds every row.
 
-    Later keys have no mass. How long a front the query tiles need is known at run time only.
+    Later keys have no mass.
     """
-    groups = layout.block_kv // stride
-    num_blocks = keys.shape[0] // groups
+    blocks = [len(keys) * stride // layout.block_kv for keys in fronts]
 
-    def of_front(blocks):
-        mass = block_mass(keys[: blocks * groups], rows, first, end, layout=layout, stride=stride)
-        return jnp.pad(mass, ((0, 0), (0, num_blocks - blocks)))
+    def of_front(keys):
+        mass = block_mass(keys, rows, first, end, layout=layout, stride=stride)
+        return jnp.pad(mass, ((0, 0), (0, blocks[-1] - mass.shape[1])))
 
-    fronts = sorted({cdiv(num_blocks * (part + 1), _FRONTS) for part in range(_FRONTS)})
-    ends = jnp.array(fronts[:-1], jnp.int32) * layout.block_kv
+    ends = jnp.array(blocks[:-1], jnp.int32) * layout.block_kv
     which = jnp.sum(ends < first[-1] + layout.block_q)
-    return jax.lax.switch(which, [functools.partial(of_front, blocks) for blocks in fronts])
+    return jax.lax.switch(which, [functools.partial(of_front, keys) for keys in fronts])
 
 
 def block_mass(keys, rows, first, end, *, layout, stride):
