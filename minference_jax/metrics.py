@@ -17,7 +17,7 @@ from pallas_kernels.block_sparse_attention.index import (
 )
 from pallas_kernels.common.online_softmax import MASK_VALUE
 
-# Scores held at a time; some heads at once while they stay below it.
+# Scores held at a time; some heads, then some rows at once while they stay below it.
 _ELEMENTS = 2**27
 
 # Distributions over the vocabulary compared at a time.
@@ -67,10 +67,11 @@ def attention_recall(
         mass = lambda number: _mass_inside(
             take(number), keys, lists, number, lengths[b], q_offset, part
         )
-        return jax.lax.map(mass, number).reshape(-1)
+        return jax.lax.map(mass, number, batch_size=rows_at_once).reshape(-1)
 
     pairs = (jnp.repeat(jnp.arange(batch), heads), jnp.tile(jnp.arange(heads), batch))
     at_once = max(1, min(batch * heads, _ELEMENTS // (together * kv_len)))
+    rows_at_once = max(1, min(len(number), _ELEMENTS // (together * kv_len * at_once)))
     recall = jax.lax.map(one_head, pairs, batch_size=at_once)
     recall = recall.reshape(batch, heads, -1)
     return recall[:, :, :q_len] if rows is None else recall

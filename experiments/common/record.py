@@ -10,7 +10,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ import jax
 import numpy as np
 
 from pallas_kernels.common.dispatch import used_implementations
+from pallas_kernels.common.environment import git_revision
 
 SCHEMA_VERSION = 1
 _LIBRARIES = ("jax", "jaxlib", "flax", "numpy")
@@ -32,7 +32,7 @@ def environment(argv: Sequence[str]) -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         # The program's folder is this machine's business.
         "argv": [Path(argv[0]).name, *argv[1:]] if argv else [],
-        "git": _git_revision(),
+        "git": git_revision(),
         "minference_jax": _version("minference-jax"),
         **{name: _version(name) for name in _LIBRARIES},
         "python": platform.python_version(),
@@ -108,25 +108,4 @@ def _version(distribution: str) -> str | None:
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _git_revision() -> str | None:
-    """Returns the commit of the source tree, with `+changes` if files differ; None if unknown.
-
-    A tree that was copied without its repository takes it from `MINFERENCE_REVISION`.
-    """
-    root = Path(__file__).resolve().parents[2]
-    if not (root / ".git").exists():
-        return os.environ.get("MINFERENCE_REVISION")
-    try:
-        return subprocess.run(
-            ["git", "describe", "--always", "--abbrev=40", "--dirty=+changes", "--exclude=*"],
-            cwd=root,
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=10,
-        ).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
         return None

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import tyro
 
+from experiments.patterns.all_command import All
 from experiments.patterns.coverage_command import Coverage
 from experiments.patterns.decoding_command import Decoding
 from experiments.patterns.distribution import Distribution
@@ -13,7 +14,8 @@ from experiments.patterns.recall_command import Recall
 from experiments.patterns.sparsity_command import Sparsity
 
 Analyses = (
-    Annotated[Distribution, tyro.conf.subcommand("distribution", prefix_name=False)]
+    Annotated[All, tyro.conf.subcommand("all", prefix_name=False)]
+    | Annotated[Distribution, tyro.conf.subcommand("distribution", prefix_name=False)]
     | Annotated[Coverage, tyro.conf.subcommand("coverage", prefix_name=False)]
     | Annotated[Recall, tyro.conf.subcommand("recall", prefix_name=False)]
     | Annotated[Maps, tyro.conf.subcommand("maps", prefix_name=False)]

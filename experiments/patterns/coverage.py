@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from experiments.patterns.read import AnyArray, over_heads, row_blocks, weights_of
+from minference_jax.index.select import top_k_mask
 
 
 class Kept(NamedTuple):
@@ -100,16 +101,14 @@ def rows_kept(
 def _kept(weights, others, present, ks: Sequence[int]) -> Kept:
     """`Kept` of each row [rows, ks], from weights [rows, keys]; keys not `present` cannot be taken.
 
-    A key's rank is its place in the descending order of weights, ties by position.
+    Of equal weights the earlier one is heavier.
     """
-    rank, other_rank = (
-        jnp.argsort(jnp.argsort(-jnp.where(present, x, -1.0), axis=1), axis=1)
-        for x in (weights, others)
-    )
+    heaviest = jax.vmap(top_k_mask, in_axes=(0, None))
+    candidates = [jnp.where(present, x, -1.0) for x in (weights, others)]
     sizes = jnp.sum(present, axis=1)
 
     def one(size):
-        mine, theirs = (present & (ranks < size) for ranks in (rank, other_rank))
+        mine, theirs = (heaviest(x, size) for x in candidates)
         inside = lambda chosen: jnp.sum(jnp.where(chosen, weights, 0.0), axis=1)
         common = jnp.sum(mine & theirs, axis=1) / jnp.minimum(size, sizes)
         return Kept(inside(mine), inside(theirs), common)

@@ -20,6 +20,7 @@ from experiments.patterns.coverage import Kept, column_mass, columns_kept, rows_
 from experiments.patterns.options import PromptAnalysis
 from experiments.patterns.read import AnyArray, layers_of, spread_rows
 from experiments.search.options import CalibrationOptions
+from models import Model
 
 _SETS = {"columns": "one set of columns for a head", "rows": "a set of keys for each query"}
 
@@ -49,10 +50,14 @@ class Coverage(PromptAnalysis):
         if self.map_share not in self.shares:
             raise UserError(f"--map-share {self.map_share} must be one of --shares {self.shares}")
 
-    def run(self) -> None:
-        """Runs the analysis; raises UserError if an input cannot be used."""
+    def run(self, model: Model | None = None) -> None:
+        """Runs the analysis; raises UserError if an input cannot be used.
+
+        Args:
+            model: the model if it was loaded before.
+        """
         progress, console = Console(stderr=True), Console()
-        model, tokens = self.open(prompts=2)
+        model, tokens = self.open(model, prompts=2)
         layers, length = self.chosen_layers(model), min(map(len, tokens))
         ks = tuple(max(1, round(share * length)) for share in self.shares)
         rows = jnp.asarray(spread_rows(length, self.rows))

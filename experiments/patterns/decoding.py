@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 
 from experiments.patterns.read import AnyArray, over_heads, row_blocks, weights_of
 from minference_jax.index.lines import LAST_Q
+from minference_jax.index.select import top_k_mask
 
 
 class Decoded(NamedTuple):
@@ -48,18 +49,17 @@ def decoding_kept(
     prompt = length - steps
     blocks = row_blocks(jnp.arange(prompt, length), length)
     before = jnp.arange(max(0, prompt - last_q), prompt)
-    rank = lambda x: jnp.argsort(jnp.argsort(-x, axis=-1), axis=-1)
 
     def one_head(q, k):
-        fixed = rank(jnp.sum(weights_of(q, k, before)[:, :prompt], axis=0))
+        once = jnp.sum(weights_of(q, k, before)[:, :prompt], axis=0)
 
         def one_block(block):
             weights = weights_of(q, k, block)
             new, old = jnp.sum(weights[:, prompt:], axis=1), weights[:, :prompt]
-            ranks = rank(old)
 
             def one_size(size):
-                dynamic, static = ranks < size, (fixed < size)[None, :]
+                dynamic = jax.vmap(top_k_mask, in_axes=(0, None))(old, size)
+                static = top_k_mask(once, size)[None, :]
                 inside = lambda chosen: new + jnp.sum(jnp.where(chosen, old, 0.0), axis=1)
                 return Decoded(
                     inside(dynamic), inside(static), jnp.sum(dynamic & static, axis=1) / size

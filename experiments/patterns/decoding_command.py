@@ -17,6 +17,7 @@ from experiments.common.plotting import new_figure, save
 from experiments.patterns.decoding import Decoded, decoding_kept
 from experiments.patterns.options import PromptAnalysis
 from experiments.patterns.read import AnyArray, layers_of
+from models import Model
 
 # Steps that are averaged in tables and pictures.
 _GROUPS = 16
@@ -48,10 +49,14 @@ class Decoding(PromptAnalysis):
         if not self.shares or not all(0 < share <= 1 for share in self.shares):
             raise UserError(f"--shares must be above 0 and at most 1, got {self.shares}")
 
-    def run(self) -> None:
-        """Runs the analysis; raises UserError if an input cannot be used."""
+    def run(self, model: Model | None = None) -> None:
+        """Runs the analysis; raises UserError if an input cannot be used.
+
+        Args:
+            model: the model if it was loaded before.
+        """
         progress, console = Console(stderr=True), Console()
-        model, tokens = self.open()
+        model, tokens = self.open(model)
         layers, prompt = self.chosen_layers(model), len(tokens[0]) - self.steps
         ks = tuple(max(1, round(share * prompt)) for share in self.shares)
         found = []

@@ -70,8 +70,9 @@ def head_map(
         all_keys = visited(number, lists.column_count)
 
         def grid(values):
-            by_key = jax.ops.segment_sum(values.T.astype(jnp.float32), key // step, cells)
-            return jax.ops.segment_sum(by_key.T, rows // step, cells)
+            padded = jnp.pad(values.astype(jnp.float32), ((0, 0), (0, cells * step - length)))
+            by_key = jnp.sum(padded.reshape(-1, cells, step), axis=2)
+            return jax.ops.segment_sum(by_key, rows // step, cells)
 
         inside = jnp.sum(weights * all_keys[None, :])
         sums = (weights, causal & tiles[None, :], causal & (all_keys & ~tiles)[None, :], causal)

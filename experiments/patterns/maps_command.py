@@ -23,6 +23,7 @@ from experiments.patterns.maps import HeadMap, head_map
 from experiments.patterns.options import PromptAnalysis
 from experiments.patterns.read import AnyArray, layers_of
 from experiments.search.report import label
+from models import Model
 
 # Colours of what is visited, and how strong they are where all of a cell is.
 _TILES, _COLUMNS, _TINT = to_rgb("tab:blue"), to_rgb("tab:orange"), 0.55
@@ -49,11 +50,15 @@ class Maps(PromptAnalysis):
         if not self.heads or any(min(pair) < 0 for pair in self.heads):
             raise UserError(f"--heads must be pairs LAYER HEAD of at least 0, got {self.heads}")
 
-    def run(self) -> None:
-        """Runs the analysis; raises UserError if an input cannot be used."""
+    def run(self, model: Model | None = None) -> None:
+        """Runs the analysis; raises UserError if an input cannot be used.
+
+        Args:
+            model: the model if it was loaded before.
+        """
         progress, console = Console(stderr=True), Console()
         self.attention.check_readable()
-        model, tokens = self.open(prompts=len(self.calibration.wanted))
+        model, tokens = self.open(model, prompts=len(self.calibration.wanted))
         layers, heads = model.config.num_layers, model.config.num_heads
         if any(layer >= layers or head >= heads for layer, head in self.heads):
             raise UserError(

@@ -58,10 +58,13 @@ class PromptAnalysis(Analysis):
         for layer in self.layers:
             at_least("layers", layer, 0)
 
-    def open(self, *, prompts: int = 1) -> tuple[Model, list[list[int]]]:
+    def open(
+        self, model: Model | None = None, *, prompts: int = 1
+    ) -> tuple[Model, list[list[int]]]:
         """Loads the model and encodes the prompts.
 
         Args:
+            model: the model if it was loaded before.
             prompts: how many there must be.
 
         Raises:
@@ -71,7 +74,7 @@ class PromptAnalysis(Analysis):
             raise UserError(f"--tasks and --prompts must make {prompts} prompts here, got {wanted}")
         _ = self.calibration.book
         self.check_writable()
-        model = load(self.model, Console(stderr=True))
+        model = load(self.model, Console(stderr=True)) if model is None else model
         self.chosen_layers(model)
         return model, encode_prompts(model, self.calibration)
 

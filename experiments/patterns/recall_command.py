@@ -27,6 +27,7 @@ from experiments.patterns.recall import (
 )
 from experiments.search.report import COLOURS, NAMES
 from minference_jax.patterns import Kind
+from models import Model
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,10 +46,14 @@ class Recall(PromptAnalysis):
         super().__post_init__()
         at_least("steps", self.steps, 2)
 
-    def run(self) -> None:
-        """Runs the analysis; raises UserError if an input cannot be used."""
+    def run(self, model: Model | None = None) -> None:
+        """Runs the analysis; raises UserError if an input cannot be used.
+
+        Args:
+            model: the model if it was loaded before.
+        """
         progress, console = Console(stderr=True), Console()
-        model, tokens = self.open()
+        model, tokens = self.open(model)
         layers, length = self.chosen_layers(model), len(tokens[0])
         rows = jnp.asarray(spread_rows(length, self.rows))
         ks = tuple(np.unique(np.geomspace(1, length, 4 * self.steps).round().astype(int)).tolist())

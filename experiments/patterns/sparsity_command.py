@@ -21,6 +21,7 @@ from experiments.patterns.recall import Tradeoff, tradeoff
 from experiments.search.report import COLOURS, label
 from minference_jax.patterns import Kind
 from minference_jax.search import for_heads
+from models import Model
 
 # As `SparseAttention` does.
 _DENSE_ABOVE = 0.9
@@ -62,10 +63,14 @@ class Sparsity(PromptAnalysis):
                 mj.BlockSparse(num_blocks=self.block_sparse),
             ]
 
-    def run(self) -> None:
-        """Runs the analysis; raises UserError if an input cannot be used."""
+    def run(self, model: Model | None = None) -> None:
+        """Runs the analysis; raises UserError if an input cannot be used.
+
+        Args:
+            model: the model if it was loaded before.
+        """
         progress, console = Console(stderr=True), Console()
-        model, tokens = self.open()
+        model, tokens = self.open(model)
         layers, longest = self.chosen_layers(model), len(tokens[0])
         lengths = sorted({min(length, longest) for length in self.lengths or _halves(longest)})
         families = self.patterns()

@@ -153,12 +153,13 @@ def _choose(per_list, means, rows, tile, first, end, *, layout):
     lines, queries, least = per_list
     num_blocks = means.shape[0]
     keep = jnp.broadcast_to(lines.columns, (tile.shape[0], num_blocks))
+    # Block j lies on diagonal own - j: each row of blocks is a slice of the reversed diagonals.
+    reverse = jnp.pad(lines.diagonals[::-1], num_blocks)
+    row = lambda own: jax.lax.dynamic_slice_in_dim(reverse, 2 * num_blocks - 1 - own, num_blocks)
     for later in range(cdiv(layout.block_q, layout.block_kv) + 1):
         own = first // layout.block_kv + later
         holds_row = own * layout.block_kv < jnp.minimum(first + layout.block_q, end)
-        diagonal = own[:, None] - jnp.arange(num_blocks)[None, :]
-        inside = (diagonal >= 0) & (diagonal < num_blocks) & holds_row[:, None]
-        keep |= inside & lines.diagonals[jnp.clip(diagonal, 0, num_blocks - 1)]
+        keep |= holds_row[:, None] & jax.vmap(row)(own)
     mapped = _map_bits(queries, means, tile, first, end, layout) >= least
     return keep | (lines.query_aware & mapped)
 

@@ -11,9 +11,13 @@ from jaxtyping import Array, Float, Int
 from minference_jax.adaptive.layout import Layout, check_number, per_list, split_heads
 from minference_jax.adaptive.lists import each_list, index_of_blocks, own_blocks
 from minference_jax.adaptive.scores import masked_softmax, products
-from minference_jax.index.select import top_k_mask, top_mass_count
+from minference_jax.index.select import top_mass_mask
 from pallas_kernels.block_sparse_attention.index import BlockSparseIndex
 from pallas_kernels.common.tiling import cdiv
+
+# Lengths of the front of the keys that query tiles may be scored against. Half of all pairs are
+# causal; this many lengths score (1 + 1 / _FRONTS) / 2 of them.
+_FRONTS = 4
 
 
 @no_type_check
@@ -63,9 +67,12 @@ class XAttention:
         num_blocks = cdiv(kv_len, layout.block_kv)
         grouped = jax.vmap(functools.partial(_group_keys, stride=stride), in_axes=(1, None, None))
         keys = jax.vmap(grouped, in_axes=(0, 0, None))(k, end, num_blocks * layout.block_kv)
+        ends = {cdiv(num_blocks * (part + 1), _FRONTS) for part in range(_FRONTS)}
+        # Cut here: inside the loop over query tiles each step would copy its front.
+        fronts = [keys[:, :, : x * layout.block_kv // stride] for x in sorted(ends)]
         choose = functools.partial(_choose, layout=layout, stride=stride)
         return index_of_blocks(
-            each_list(choose, per_list(self.tau, "tau", q), keys, layout.block_q),
+            each_list(choose, per_list(self.tau, "tau", q), fronts, layout.block_q),
             q, kv_len, lengths=lengths, q_offset=q_offset, layout=layout,
             scores_per_tile=layout.block_q // stride * keys.shape[2],
         )  # fmt: skip
@@ -78,9 +85,9 @@ def _group_keys(k, end, padded, *, stride):
     return k.reshape(padded // stride, -1)
 
 
-def _choose(tau, keys, rows, tile, first, end, *, layout, stride):
+def _choose(tau, fronts, rows, tile, first, end, *, layout, stride):
     """Blocks [tiles, num_blocks] that some query tiles of one list keep; see `each_list`."""
-    mass = block_mass(keys, rows, first, end, layout=layout, stride=stride)
+    mass = _mass_before(fronts, rows, first, end, layout=layout, stride=stride)
     num_blocks = mass.shape[1]
     block = jnp.arange(num_blocks)[None, :]
     forced = own_blocks(first, num_blocks, layout) | (block == 0)
@@ -88,9 +95,25 @@ def _choose(tau, keys, rows, tile, first, end, *, layout, stride):
     def one_tile(mass, forced):
         rest = jnp.where(forced, -1.0, mass)
         needed = tau * jnp.sum(mass) - jnp.sum(jnp.where(forced, mass, 0.0))
-        return forced | top_k_mask(rest, top_mass_count(rest, needed))
+        return forced | top_mass_mask(rest, needed)
 
     return jax.vmap(one_tile)(mass, forced)
+
+
+def _mass_before(fronts, rows, first, end, *, layout, stride):
+    """`block_mass` of all key blocks, from the shortest front of the keys that holds every row.
+
+    Later keys have no mass.
+    """
+    blocks = [len(keys) * stride // layout.block_kv for keys in fronts]
+
+    def of_front(keys):
+        mass = block_mass(keys, rows, first, end, layout=layout, stride=stride)
+        return jnp.pad(mass, ((0, 0), (0, blocks[-1] - mass.shape[1])))
+
+    ends = jnp.array(blocks[:-1], jnp.int32) * layout.block_kv
+    which = jnp.sum(ends < first[-1] + layout.block_q)
+    return jax.lax.switch(which, [functools.partial(of_front, keys) for keys in fronts])
 
 
 def block_mass(keys, rows, first, end, *, layout, stride):

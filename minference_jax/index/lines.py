@@ -1,5 +1,7 @@
 """Which columns and distances a head takes: A-shape, tri-shape and vertical-slash."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -22,7 +24,12 @@ def last_query_scores(
 ) -> tuple[Float[Array, "batch heads kv_len"], Float[Array, "batch heads kv_len"]]:
     """Column and diagonal sums of the softmax of each row's last real queries (Algorithm 2)."""
     last, first = last_queries(q, lengths=lengths, q_offset=q_offset, last_q=last_q)
-    return line_scores(last, k, first=first, lengths=lengths)
+    # The kernel takes no more queries at once; sums of more are sums of theirs.
+    parts = [
+        line_scores(last[:, at : at + LAST_Q], k, first=first + at, lengths=lengths)
+        for at in range(0, last.shape[1], LAST_Q)
+    ]
+    return jax.tree.map(lambda *x: functools.reduce(jnp.add, x), *parts)
 
 
 def last_queries(

@@ -37,10 +37,7 @@ def top_k_mask(scores: Float[Array, " n"], k: Int[Array, ""]) -> Bool[Array, " n
     k = jnp.minimum(k, jnp.sum(bits >= 0))
     threshold = largest_threshold(lambda values: [jnp.sum(bits >= t) >= k for t in values])
     above = bits > threshold
-    tied = bits == threshold
-    wanted = k - jnp.sum(above)
-    last = _nth_marked(tied, jnp.maximum(wanted - 1, 0)[None])[0]
-    return above | (tied & (jnp.arange(bits.shape[0]) <= last) & (wanted > 0))
+    return _with_ties(above, bits == threshold, k - jnp.sum(above))
 
 
 def top_mass_count(scores: Float[Array, " n"], mass: Float[Array, ""]) -> Int[Array, ""]:
@@ -51,18 +48,43 @@ def top_mass_count(scores: Float[Array, " n"], mass: Float[Array, ""]) -> Int[Ar
         mass: the sum to reach.
 
     Returns:
-        The size of the smallest such set, for `top_k_mask`; the number of scores that are not
-        negative if all together do not reach it.
+        The size of the smallest such set, the number of marks of `top_mass_mask`.
     """
+    above, _, needed = _top_mass(scores, mass)
+    return jnp.sum(above) + needed
+
+
+def top_mass_mask(scores: Float[Array, " n"], mass: Float[Array, ""]) -> Bool[Array, " n"]:
+    """Marks the fewest of the largest scores that reach a sum of `mass`; one head.
+
+    Args:
+        scores: float32; negative ones are never marked.
+        mass: the sum to reach.
+
+    Returns:
+        A mask; all scores that are not negative if together they do not reach it. Ties go to the
+        lower position.
+    """
+    return _with_ties(*_top_mass(scores, mass))
+
+
+def _top_mass(scores, mass):
+    """Scores above the last one that is needed, those equal to it, and how many of these."""
     bits = _order_bits(scores)
     sum_of = lambda mask: jnp.sum(jnp.where(mask, scores, 0.0))
     threshold = largest_threshold(lambda values: [sum_of(bits >= t) >= mass for t in values])
-    above = bits > threshold
-    tied = jnp.sum(bits == threshold)
+    some = mass > 0.0
+    above, tied = (bits > threshold) & some, (bits == threshold) & some
+    number = jnp.sum(tied)
     value = jax.lax.bitcast_convert_type(threshold, jnp.float32)
     needed = jnp.ceil((mass - sum_of(above)) / jnp.where(value > 0.0, value, 1.0))
-    needed = jnp.where(value > 0.0, jnp.clip(needed, 0.0, tied), tied)
-    return jnp.where(mass > 0.0, jnp.sum(above) + needed.astype(jnp.int32), 0)
+    needed = jnp.where(value > 0.0, jnp.clip(needed, 0.0, number), number)
+    return above, tied, needed.astype(jnp.int32)
+
+
+def _with_ties(above, tied, wanted):
+    last = _nth_marked(tied, jnp.maximum(wanted - 1, 0)[None])[0]
+    return above | (tied & (jnp.arange(tied.shape[0]) <= last) & (wanted > 0))
 
 
 def largest_threshold(

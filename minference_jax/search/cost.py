@@ -8,7 +8,11 @@ from jaxtyping import Array, Float
 from minference_jax.index import dense_index
 from minference_jax.index.fallback import executed_tiles
 from pallas_kernels import BlockSparseIndex
-from pallas_kernels.block_sparse_attention.index import num_q_blocks, resolve_lengths
+from pallas_kernels.block_sparse_attention.index import (
+    num_q_blocks,
+    resolve_lengths,
+    visits_everything,
+)
 
 # "flops": key tiles that the kernel executes, tiles of gathered columns among them.
 # "density": (query, key) pairs that a query sees through them.
@@ -40,4 +44,7 @@ def work_of(index: BlockSparseIndex, length: int, lengths: Array | None, measure
     last_row = (1 + jnp.arange(num_q_blocks(length, index.block_q))) * index.block_q - 1
     tiles = executed_tiles(index.count, index.columns, index.column_count, last_row, index.block_kv)
     dense = dense_index(batch, heads, length, length, lengths=lengths, **blocks).count
+    # A query tile that runs densely has its columns inside its tiles.
+    end = jnp.minimum(lengths[:, None], 1 + last_row[None, :])
+    tiles = jnp.where(visits_everything(index, end), index.count, tiles)
     return Work(*(jnp.sum(x, axis=(0, 2)).astype(jnp.float32) for x in (tiles, dense)))

@@ -18,7 +18,11 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Int
 
-from pallas_kernels.block_sparse_attention.index import ALIGNMENT, BlockSparseIndex
+from pallas_kernels.block_sparse_attention.index import (
+    ALIGNMENT,
+    BlockSparseIndex,
+    visits_everything,
+)
 from pallas_kernels.common.tiling import cdiv
 
 # Columns whose bits share one word.
@@ -120,11 +124,7 @@ def _find_shared(index, first_row, end) -> _Shared:
     lacking = (count < most[..., None]) & (at(begin + count) + origin + shift + index.block_kv > 0)
     follows = same & (shift == shift[..., :1]) & ~lacking
     follows &= origin == (first_row // ALIGNMENT * ALIGNMENT)[None, None, :]
-    nothing = count == 0
-    nearest, farthest = at(begin), at(begin + count - 1)
-    gapless = nearest - farthest == (count - 1) * index.block_kv
-    reaches = origin + nearest + index.block_kv >= end[:, None, :]
-    everything = ~nothing & gapless & reaches & (origin + shift + farthest <= 0)
+    nothing, everything = count == 0, visits_everything(index, end)
     known = follows | nothing | everything | (index.column_count == 0)[..., None]
     suffices = jnp.all(known) & (first_row[-1] <= _farthest(index))
     return _Shared(begin[..., 0], most, shift[..., 0], nothing, everything, suffices)

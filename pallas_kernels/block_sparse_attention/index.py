@@ -258,6 +258,20 @@ def tiles_after(
     return found
 
 
+def visits_everything(
+    index: BlockSparseIndex, end: Int[Array, "#batch num_q_blocks"]
+) -> Bool[Array, "batch heads num_q_blocks"]:
+    """Whether the key tiles of each query tile hold, without a gap, all keys before `end`."""
+    at = lambda slot: jnp.take_along_axis(
+        index.entries, jnp.clip(slot, 0, index.entries.shape[2] - 1), axis=2
+    )
+    nearest, farthest = at(index.begin), at(index.begin + index.count - 1)
+    gapless = nearest - farthest == (index.count - 1) * index.block_kv
+    reaches = index.origin + nearest + index.block_kv >= end[:, None, :]
+    begins = index.origin + index.later() + farthest <= 0
+    return (index.count > 0) & gapless & reaches & begins
+
+
 def validate(index: BlockSparseIndex) -> None:
     """Checks the invariants of an index made outside this library, on the host.
 

@@ -1,8 +1,10 @@
-"""What the default device is, for choosing implementations and for records of measurements."""
+"""What the default device is, for choosing implementations, and for records: which code runs."""
 
+import os
 import platform
 import subprocess
 import time
+from pathlib import Path
 
 import jax
 
@@ -27,16 +29,35 @@ def not_hopper() -> str | None:
 
 def stamp(module: str, arguments: list[str]) -> dict[str, str]:
     """Where and with what a record was made: device, versions, commit, date and command."""
-    git = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     return {
         "device": default_device(),
         "jax": jax.__version__,
         "python": platform.python_version(),
-        "commit": commit,
+        "commit": git_revision() or "",
         "date": time.strftime("%Y-%m-%d"),
         "command": f"python -m {module} " + " ".join(arguments),
     }
+
+
+def git_revision() -> str | None:
+    """The commit of the source tree, with `+changes` if files differ; None if unknown.
+
+    A tree that was copied without its repository takes it from `MINFERENCE_REVISION`.
+    """
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return os.environ.get("MINFERENCE_REVISION")
+    try:
+        return subprocess.run(
+            ["git", "describe", "--always", "--abbrev=40", "--dirty=+changes", "--exclude=*"],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=10,
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def _device() -> jax.Device:

@@ -26,7 +26,8 @@ class Programs:
 
     def __init__(self) -> None:
         self._wanted: dict[Any, tuple[Callable, tuple]] = {}
-        self._compiled: dict[Any, Callable] = {}
+        self._compiled: dict[Any, jax.stages.Compiled | Exception] = {}
+        self._seconds: dict[Any, float] = {}
 
     def add(self, name: str, function: Callable, *arguments: Any) -> None:
         """Notes a program; arguments may be arrays or shapes."""
@@ -34,21 +35,39 @@ class Programs:
         if key not in self._compiled:
             self._wanted.setdefault(key, (function, jax.tree.map(_shape, arguments)))
 
-    def compile(self) -> None:
-        """Compiles what was added since the last call; raises what a compilation raised."""
+    def compile(self, *, keep_going: bool = False) -> None:
+        """Compiles what was added since the last call.
+
+        Raises what a compilation raised; with `keep_going`, `get` raises it for that program.
+        """
 
         def build(program):
             function, shapes = program
-            return jax.jit(function).lower(*shapes).compile()
+            start = time.perf_counter()
+            try:
+                compiled = jax.jit(function).lower(*shapes).compile()
+            except Exception as error:
+                if not keep_going:
+                    raise
+                compiled = error
+            return compiled, time.perf_counter() - start
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            compiled = list(pool.map(build, self._wanted.values()))
-        self._compiled |= dict(zip(self._wanted, compiled, strict=True))
+            built = list(pool.map(build, self._wanted.values()))
+        for key, (compiled, seconds) in zip(self._wanted, built, strict=True):
+            self._compiled[key], self._seconds[key] = compiled, seconds
         self._wanted = {}
 
-    def get(self, name: str, *arguments: Any) -> Callable:
+    def get(self, name: str, *arguments: Any) -> jax.stages.Compiled:
         """The program for arguments of these shapes; raises KeyError if it was not added."""
-        return self._compiled[_key(name, arguments)]
+        compiled = self._compiled[_key(name, arguments)]
+        if isinstance(compiled, Exception):
+            raise compiled
+        return compiled
+
+    def seconds_to_compile(self, name: str, *arguments: Any) -> float:
+        """What `compile` took for a program, beside the others."""
+        return self._seconds[_key(name, arguments)]
 
 
 def time_calls(

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import minference_jax as mj
+from minference_jax.index import lines as line_index
 from minference_jax.index.select import compact, top_k_mask
 from minference_jax.index.tiles import tiles_of_distances
 from pallas_kernels.block_sparse_attention.index import validate
@@ -227,3 +228,16 @@ def test_memory_does_not_grow_with_the_square(pattern):
 
     # A single [N, N] mask of one head at 16K would add 268 MB of booleans.
     assert bytes_at(16384) < 2.3 * bytes_at(8192) < 100e6
+
+
+def test_sums_of_many_last_queries_are_those_of_all_at_once(monkeypatch):
+    q, k, _ = map(jnp.asarray, random_qkv(5, q_len=90, kv_len=140, heads=2, kv_heads=1))
+    lengths, q_offset = jnp.array([133]), jnp.int32(50)
+    monkeypatch.setattr(line_index, "LAST_Q", 16)
+    got = line_index.last_query_scores(q, k, lengths=lengths, q_offset=q_offset, last_q=40)
+    for head in range(2):
+        want = brute_force.last_query_sums(
+            np.asarray(q[0, :, head]), np.asarray(k[0, :, 0]), offset=50, length=133, last_q=40
+        )
+        for sums, of_head in zip(got, want, strict=True):
+            np.testing.assert_allclose(sums[0, head, : len(of_head)], of_head, atol=1e-5)

@@ -13,6 +13,7 @@ from matplotlib.image import imread
 import minference_jax as mj
 from experiments.__main__ import main
 from experiments.common.record import read_records
+from experiments.patterns import all_command, options
 from experiments.patterns.coverage import column_mass, columns_kept, rows_kept
 from experiments.patterns.decoding import decoding_kept
 from experiments.patterns.distribution import distribution
@@ -200,16 +201,21 @@ def test_distribution_counts_every_head():
 
 
 @pytest.fixture
-def run(tiny_model, tmp_path):
-    """Runs an analysis of 300 tokens; returns the record's result and the pictures' names."""
+def inputs(tiny_model, tmp_path):
+    """A model, a text of 300 tokens and a folder, as arguments."""
     words = np.random.default_rng(0).integers(3, 60, (40, 20))
     book = tmp_path / "book.txt"
     book.write_text("\n\n".join(" ".join(f"t{word}" for word in row) for row in words))
+    model = ["--model", tiny_model, "--rope-scaling", "linear:8"]
+    return [*model, "--text", str(book), "--length", "300", "--output", str(tmp_path / "out")]
+
+
+@pytest.fixture
+def run(inputs, tmp_path):
+    """Runs an analysis; returns the record's result and the pictures' names."""
 
     def run(name, *argv):
-        inputs = ["--model", tiny_model, "--rope-scaling", "linear:8"]
-        read = ["--text", str(book), "--length", "300", "--output", str(tmp_path / "out")]
-        assert main(["patterns", name, *inputs, *read, *argv]) == 0
+        assert main(["patterns", name, *inputs, *argv]) == 0
         [record] = read_records(tmp_path / "out" / "record.jsonl", kind=f"patterns {name}")
         pictures = sorted((tmp_path / "out").glob("*.png"))
         for path in pictures:
@@ -275,6 +281,23 @@ def test_decoding_command(run):
     np.testing.assert_allclose(np.array(result["static"])[:, 1], 1.0, atol=1e-5)
     assert (np.array(result["static"])[:, 0] < np.array(result["dynamic"])[:, 0]).all()
     assert pictures == ["decoding.png"]
+
+
+def test_all_analyses_share_one_model(inputs, monkeypatch):
+    given = []
+
+    def opened(self, model):
+        # Loading again would fail.
+        same, tokens = self.open(model, prompts=self.calibration.prompts)
+        given.append((type(self).__name__, len(tokens), same))
+
+    names = ("Maps", "Coverage", "Recall", "Sparsity", "Decoding")
+    for name in names:
+        monkeypatch.setattr(getattr(all_command, name), "run", opened)
+    monkeypatch.delattr(options, "load")
+    assert main(["patterns", "all", *inputs, "--steps", "40", "--heads", "0", "3"]) == 0
+    assert [entry[:2] for entry in given] == [(x, 2 if x == "Coverage" else 1) for x in names]
+    assert len({id(entry[2]) for entry in given}) == 1
 
 
 def test_distribution_command(tmp_path, capsys):
