@@ -10,6 +10,7 @@ import minference_jax as mj
 from experiments.common.errors import UserError, reported_as_user_error
 from experiments.common.options import OptionalInt, flag
 from minference_jax.adaptive import RECOMMENDED
+from minference_jax.files import attention_size
 
 AttentionName = Literal[
     "dense", "minference", "a_shape", "tri_shape", "vertical_slash", "block_sparse"
@@ -89,7 +90,7 @@ class AttentionOptions:
     def check_readable(self) -> None:
         """Raises UserError if there are no such patterns; before a model is loaded for them."""
         if self.patterns is not None:
-            read_patterns(self.patterns)
+            read_attention(self.patterns)
 
     def build(self, *, num_layers: int, num_heads: int) -> Any:
         """Returns the attention of a model of this size.
@@ -100,14 +101,9 @@ class AttentionOptions:
         if self.attention == "dense":
             return mj.DenseAttention()
         if self.patterns is not None:
-            patterns = read_patterns(self.patterns)
-            if (patterns.num_layers, patterns.num_heads) != (num_layers, num_heads):
-                raise UserError(
-                    f"{self.patterns} describes {patterns.num_layers} layers of "
-                    f"{patterns.num_heads} heads, but the model has {num_layers} layers of "
-                    f"{num_heads} heads; use patterns made for this model"
-                )
-            return mj.SparseAttention(patterns)
+            attention = read_attention(self.patterns)
+            check_size(attention, self.patterns, num_layers=num_layers, num_heads=num_heads)
+            return attention
         if self._adaptive:
             return mj.recommended_attention(num_layers)
         pattern = self.uniform_pattern()
@@ -134,11 +130,11 @@ class AttentionOptions:
         return f"{self.attention} ({budget})"
 
 
-def read_patterns(name: str) -> mj.HeadPatterns:
-    """Returns the patterns that are shipped under a name, or else those of a file.
+def read_attention(name: str) -> mj.SparseAttention | mj.AdaptiveAttention:
+    """Returns the attention that is shipped under a name, or else that of a file.
 
     Raises:
-        UserError: there are none, or the file is no pattern file.
+        UserError: there is none, or the file holds neither patterns nor thresholds.
     """
     shipped = mj.shipped_patterns()
     if name not in shipped and not Path(name).is_file():
@@ -147,4 +143,20 @@ def read_patterns(name: str) -> mj.HeadPatterns:
             f"shipped are: {', '.join(shipped) or 'none'}"
         )
     with reported_as_user_error(OSError, ValueError):
-        return mj.load_shipped(name) if name in shipped else mj.HeadPatterns.load(name)
+        return mj.load_shipped(name) if name in shipped else mj.load_attention(name)
+
+
+def check_size(
+    attention: mj.SparseAttention | mj.AdaptiveAttention,
+    name: str,
+    *,
+    num_layers: int,
+    num_heads: int,
+) -> None:
+    """Raises UserError unless an attention that was read is for a model of this size."""
+    layers, heads = attention_size(attention)
+    if (layers, heads) != (num_layers, num_heads):
+        raise UserError(
+            f"{name} describes {layers} layers of {heads} heads, but the model has {num_layers} "
+            f"layers of {num_heads} heads; use one made for this model"
+        )

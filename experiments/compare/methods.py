@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ import jax
 import numpy as np
 
 import minference_jax as mj
+from experiments.common.attention import check_size, read_attention
 from experiments.common.errors import UserError, one_line
+from minference_jax.files import attention_size
 
 Number = int | float
 
@@ -83,12 +86,12 @@ def parse_method(spec: str) -> Method:
     """Returns one method; raises UserError if it is none."""
     name, _, rest = spec.partition(":")
     if name == "patterns":
-        return _from_file(Path(rest), spec)
+        return _from_file(rest, spec)
     if name == "shuffled":
         path, _, seed = rest.rpartition(",")
         if not (path and seed.isdecimal()):
             path, seed = rest, "0"
-        return _from_file(Path(path), spec, seed=int(seed))
+        return _from_file(path, spec, seed=int(seed))
     if name not in FAMILIES:
         raise UserError(f"--methods: {spec!r} is no method; known: {usage()}")
     family = FAMILIES[name]
@@ -121,34 +124,32 @@ def _number(word: str, name: str, kind: type, spec: str) -> Number:
         raise UserError(f"--methods: {spec!r}: {name} must be {wanted}, got {word!r}") from None
 
 
-def _from_file(path: Path, spec: str, *, seed: int | None = None) -> Method:
-    """The patterns of a file; with a seed, dealt to random heads of all layers."""
+def _from_file(name: str, spec: str, *, seed: int | None = None) -> Method:
+    """What a file holds, or a shipped one; with a seed, dealt to random heads of all layers."""
     family = "patterns" if seed is None else "shuffled"
     try:
-        patterns = mj.HeadPatterns.load(path)
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    except (OSError, ValueError) as error:
+        made = read_attention(name)
+    except UserError as error:
         raise UserError(
-            f"--methods: {spec!r}: expected {family}:FILE with a pattern file; {one_line(error)}"
+            f"--methods: {spec!r}: expected {family}:FILE with a pattern file; {error}"
         ) from error
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(made):
+        digest.update(np.asarray(leaf).tobytes())
 
     def attention(layers: int, heads: int) -> Any:
-        if (patterns.num_layers, patterns.num_heads) != (layers, heads):
-            raise UserError(
-                f"{path} describes {patterns.num_layers} layers of {patterns.num_heads} heads, but "
-                f"the model has {layers} layers of {heads} heads; use a file made for this model"
-            )
-        return mj.SparseAttention(patterns if seed is None else _shuffled(patterns, seed))
+        check_size(made, name, num_layers=layers, num_heads=heads)
+        return made if seed is None else _shuffled(made, seed)
 
     # A label has no folders: they are this machine's business.
-    label = f"{family}:{path.name}" + ("" if seed is None else f",{seed}")
-    return Method(family=family, label=label, sha256=digest, attention=attention)
+    label = f"{family}:{Path(name).name}" + ("" if seed is None else f",{seed}")
+    return Method(family=family, label=label, sha256=digest.hexdigest(), attention=attention)
 
 
-def _shuffled(patterns: mj.HeadPatterns, seed: int) -> mj.HeadPatterns:
-    """The same patterns at other heads: the baseline of an assignment that means something."""
-    order = np.random.default_rng(seed).permutation(patterns.kind.size)
-    return jax.tree.map(lambda x: x.reshape(-1)[order].reshape(x.shape), patterns)
+def _shuffled(attention: Any, seed: int) -> Any:
+    """The same parameters at other heads: the baseline of an assignment that means something."""
+    order = np.random.default_rng(seed).permutation(math.prod(attention_size(attention)))
+    return jax.tree.map(lambda x: x.reshape(-1)[order].reshape(x.shape), attention)
 
 
 def _uniform(pattern: mj.Pattern, layers: int, heads: int) -> mj.SparseAttention:
@@ -159,12 +160,12 @@ def _adaptive(estimator: mj.Estimator, layers: int, heads: int) -> mj.AdaptiveAt
     return mj.AdaptiveAttention(estimator).for_layers(layers)
 
 
-def _threshold(alpha: float, pooled_rows: int = 1) -> mj.BlockThreshold:
+def _threshold(alpha: float, pooled_rows: int = 16) -> mj.BlockThreshold:
     _check_divides("pooled_rows", pooled_rows)
     return mj.BlockThreshold(alpha, pooled_rows=pooled_rows)
 
 
-def _hybrid(alpha: float, num_columns: int, pooled_rows: int = 1) -> mj.Estimator:
+def _hybrid(alpha: float, num_columns: int, pooled_rows: int = 16) -> mj.Estimator:
     return mj.WithColumns(_threshold(alpha, pooled_rows), num_columns)
 
 

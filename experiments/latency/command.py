@@ -7,8 +7,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-import minference_jax as mj
-from experiments.common.attention import AttentionOptions, read_patterns
+from experiments.common.attention import AttentionOptions, read_attention
 from experiments.common.errors import UserError, check_writable, reported_as_user_error
 from experiments.common.options import OptionalPath
 from experiments.common.record import append_record, environment, read_records
@@ -19,6 +18,7 @@ from experiments.latency.plot import split_picture, times_picture
 from experiments.latency.rows import Figures, Point, Rows, read_rows
 from experiments.latency.run import Suite, measure_length
 from experiments.latency.table import aims_markdown, rows_markdown
+from minference_jax.files import attention_size
 from models.common.config import DecoderConfig
 from models.llama import config as llama
 from pallas_kernels.bench import Workload, workloads
@@ -174,14 +174,14 @@ class Latency:
         if self.attention.patterns is None:
             attention = self.attention.build(num_layers=1, num_heads=num_heads)
         else:
-            patterns, number = read_patterns(self.attention.patterns), self.pattern_layer
+            attention, number = read_attention(self.attention.patterns), self.pattern_layer
             name += f", layer {number}"
-            if patterns.num_heads != num_heads or not 0 <= number < patterns.num_layers:
+            layers, heads = attention_size(attention)
+            if heads != num_heads or not 0 <= number < layers:
                 raise UserError(
-                    f"{self.attention.patterns} describes {patterns.num_layers} layers of "
-                    f"{patterns.num_heads} heads; layer {number} of {num_heads} heads was asked for"
+                    f"{self.attention.patterns} describes {layers} layers of {heads} heads; layer "
+                    f"{number} of {num_heads} heads was asked for"
                 )
-            attention = mj.SparseAttention(patterns)
         attention = dataclasses.replace(attention, implementation=implementation).layer(number)
         return LayerCase(name=name, attention=attention, split=True)
 

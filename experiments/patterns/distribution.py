@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 import minference_jax as mj
-from experiments.common.attention import read_patterns
+from experiments.common.attention import read_attention
+from experiments.common.errors import UserError
 from experiments.common.plotting import new_figure, save
 from experiments.patterns.options import Analysis
 from experiments.search.report import label
@@ -34,7 +35,10 @@ class Distribution(Analysis):
 
     def run(self) -> None:
         """Runs the analysis; raises UserError if the file is no pattern file."""
-        patterns = read_patterns(self.patterns)
+        attention = read_attention(self.patterns)
+        if not isinstance(attention, mj.SparseAttention):
+            raise UserError(f"{self.patterns} holds thresholds, which have no kinds to count")
+        patterns = attention.patterns
         title = Path(self.patterns).name.removesuffix(".json")  # names of models have dots
         self.check_writable()
         console = Console()

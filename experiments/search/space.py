@@ -34,7 +34,7 @@ _TARGET = 0.25
 
 # Costs between which a common budget is spent; fixed, so that any target can be chosen afterwards.
 _COSTS = (0.03, 0.06, 0.12, 0.25, 0.5)
-_ALPHAS = (0.4, 0.2, 0.1, 0.05, 0.02, 0.01)
+_ALPHAS = (0.8, 0.4, 0.2, 0.1, 0.05, 0.025, 0.0125, 0.006)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,7 +52,7 @@ class SpaceOptions:
     """Costs that patterns are scaled to (equal_cost), or thresholds (threshold, hybrid). If not
     given, what the folder's scores have; at first the target, with --budget global also 0.03 0.06
     0.12 0.25 0.5; thresholds 0.4 0.2 0.1 0.05 0.02 0.01."""
-    columns: int = 1000
+    columns: int = 512
     """Columns of hybrid heads."""
     objective: Annotated[
         Objective | None,

@@ -18,11 +18,12 @@ VERSION = 1
 # Parameters of each estimator: whether they are whole numbers, and the largest.
 _THRESHOLD: dict[str, tuple[bool, int | float]] = {
     "alpha": (False, 1.0),
-    "sink_blocks": (True, 2**30),
     "local_blocks": (True, 2**30),
 }
 _PARAMETERS = {"threshold": _THRESHOLD, "hybrid": {**_THRESHOLD, "num_columns": (True, 2**30)}}
-_OTHERS = ("format", "version", "estimator", "pooled_rows", "layout", "dense_above")
+# Whole numbers that are one for the whole model.
+_STATIC = ("sink_blocks", "pooled_rows", "parts")
+_OTHERS = ("format", "version", "estimator", *_STATIC, "layout", "dense_above")
 
 
 def to_content(attention: AdaptiveAttention) -> dict[str, Any]:
@@ -55,7 +56,7 @@ def to_content(attention: AdaptiveAttention) -> dict[str, Any]:
         "format": FORMAT,
         "version": VERSION,
         "estimator": "hybrid" if isinstance(estimator, WithColumns) else "threshold",
-        "pooled_rows": blocks.pooled_rows,
+        **{name: getattr(blocks, name) for name in _STATIC},
         "layout": dataclasses.asdict(attention.layout),
         "dense_above": attention.dense_above,
         **{
@@ -95,7 +96,10 @@ def from_content(content: dict[str, Any]) -> AdaptiveAttention:
         name: _array(content[name], name, shape, *limits) for name, limits in parameters.items()
     }
     columns = values.pop("num_columns", None)
-    estimator: Any = BlockThreshold(**values, pooled_rows=content["pooled_rows"])
+    for name in _STATIC:
+        if type(content[name]) is not int:
+            raise ValueError(f"`{name}` must be a whole number, got {content[name]!r}")
+    estimator: Any = BlockThreshold(**values, **{name: content[name] for name in _STATIC})
     if columns is not None:
         most = max(int(columns.max()), 1)
         capacity = 1 << (most - 1).bit_length()

@@ -42,7 +42,7 @@ from pallas_kernels import BlockSparseIndex, block_sparse_attention
 from pallas_kernels.common.environment import default_device, git_revision
 from pallas_kernels.common.timing import Programs, time_calls
 
-_ALPHA, _COLUMNS, _TAU, _GAMMA = 0.1, 1000, 0.9, 0.95
+_ALPHA, _COLUMNS, _TAU, _GAMMA = 0.05, 512, 0.9, 0.95
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,14 +5,14 @@ from minference_jax.adaptive.block_threshold import BlockThreshold
 from minference_jax.adaptive.with_columns import WithColumns
 
 # The one place with these numbers: the command line, its help and its records take them from here.
-RECOMMENDED = WithColumns(BlockThreshold(alpha=0.1), num_columns=1000)
+RECOMMENDED = WithColumns(BlockThreshold(alpha=0.05), num_columns=512)
 
 
 def recommended_attention(num_layers: int) -> AdaptiveAttention:
-    """The adaptive attention recommended for any model: thresholded blocks and 1000 columns.
+    """The adaptive attention recommended for any model: thresholded blocks and 512 columns.
 
     It needs no search and no pattern file. Where a search was made for the model
-    (`minference_jax.search`, `shipped_patterns()`), `SparseAttention` runs what it found.
+    (`minference_jax.search`, `shipped_patterns()`), `load_shipped` gives what it found.
 
     Args:
         num_layers: layers of the model; 1 and `.layer(0)` for a single layer.

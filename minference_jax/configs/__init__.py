@@ -1,15 +1,16 @@
-"""Pattern files that come with the package, one for each model; the README beside says how made."""
+"""Files that come with the package, of patterns or thresholds; the README beside says how made."""
 
 from pathlib import Path
 
-from minference_jax.files import load_patterns
-from minference_jax.patterns import HeadPatterns
+from minference_jax.adaptive import AdaptiveAttention
+from minference_jax.attention import SparseAttention
+from minference_jax.files import load_attention
 
 _FOLDER = Path(__file__).parent
 
 
 def shipped_patterns(*, folder: Path = _FOLDER) -> list[str]:
-    """Names of the pattern files that come with the package.
+    """Names of the files that come with the package.
 
     Args:
         folder: where they lie.
@@ -17,8 +18,8 @@ def shipped_patterns(*, folder: Path = _FOLDER) -> list[str]:
     return sorted(path.name.removesuffix(".json") for path in folder.glob("*.json"))
 
 
-def load_shipped(name: str, *, folder: Path = _FOLDER) -> HeadPatterns:
-    """Reads a pattern file that comes with the package.
+def load_shipped(name: str, *, folder: Path = _FOLDER) -> SparseAttention | AdaptiveAttention:
+    """Reads the attention of a model from a file that comes with the package.
 
     Args:
         name: one of `shipped_patterns()`.
@@ -33,4 +34,4 @@ def load_shipped(name: str, *, folder: Path = _FOLDER) -> HeadPatterns:
             f"no patterns named {name!r} come with this package; it has: "
             f"{', '.join(names) or 'none'}"
         )
-    return load_patterns(folder / f"{name}.json")
+    return load_attention(folder / f"{name}.json")

@@ -111,7 +111,7 @@ def test_either_file_is_loaded_as_what_it_holds(tmp_path):
     mj.save_attention(threshold, tmp_path / "threshold.json")
     content = json.loads((tmp_path / "threshold.json").read_text())
     assert content["alpha"] == [[0.1] * 3] * 2
-    assert content["sink_blocks"] == 2
+    assert content["sink_blocks"] == 1
     loaded = mj.load_attention(tmp_path / "threshold.json")
     assert isinstance(loaded.estimator, mj.BlockThreshold)
     np.testing.assert_array_equal(loaded.estimator.local_blocks, np.full((2, 3), 4))
