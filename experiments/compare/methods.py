@@ -18,6 +18,9 @@ from minference_jax.files import attention_size
 
 Number = int | float
 
+# Families whose methods are files, not budgets.
+FROM_FILE = ("patterns", "shuffled")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Method:

@@ -12,6 +12,7 @@ from matplotlib.ticker import PercentFormatter
 from rich.table import Table
 
 from experiments.common.plotting import new_figure, save
+from experiments.compare.methods import FROM_FILE
 from experiments.compare.rows import Row, read_all
 from experiments.compare.summary import Group, Line, markdown, summarise
 
@@ -19,6 +20,8 @@ from experiments.compare.summary import Group, Line, markdown, summarise
 _FLOOR = 1e-8
 # Columns of text that the tables need.
 WIDTH = 120
+# Share executed from which a name has room to the left of its point.
+_ROOM = 0.15
 _MARKERS = "os^vDPX<>*phd"
 
 
@@ -79,7 +82,7 @@ def picture(groups: dict[Group, list[Line]], *, path: Path) -> Path:
     order = [family for family in families if family != "dense"]
     for part, (group, lines) in zip(axes, groups.items(), strict=False):
         draw_quality(part, lines, order)
-        part.set_title(textwrap.fill(group.title, 60))
+        part.set_title(textwrap.fill(group.title, 70), fontsize=9)
     for unused in axes[len(groups) :]:
         unused.set_axis_off()
     drawn = {line.get_label(): line for part in axes for line in part.get_lines()}
@@ -106,12 +109,18 @@ def draw_quality(axes: Axes, lines: Sequence[Line], order: Sequence[str]) -> Non
         x = [line.executed for line in found]
         y = [max(line.kl, _FLOOR) for line in found]
         style = {"color": colours[number % len(colours)], "marker": _MARKERS[number % 13]}
-        axes.plot(x, y, label=family, linewidth=1.2, markersize=5, **style)
+        # Files are no budgets of one method: no line joins them.
+        width = 0.0 if family in FROM_FILE else 1.2
+        axes.plot(x, y, label=family, linewidth=width, markersize=5, **style)
         for line, at in zip(found, zip(x, y, strict=True), strict=True):
             _, _, budget = line.method.partition(":")
+            # Names of files are long: they go to the left of points that have room there.
+            left = family in FROM_FILE and at[0] > _ROOM
             axes.annotate(
-                budget, at, xytext=(4, 3), textcoords="offset points", fontsize=6, color="0.35"
-            )
+                budget.replace(".json", ""), at, xytext=(-5 if left else 5, 0),
+                textcoords="offset points", ha="right" if left else "left", va="center",
+                fontsize=6, color="0.35",
+            )  # fmt: skip
     for line in lines:
         if line.family == "dense":
             axes.axvline(line.executed, color="0.4", linestyle="--", linewidth=1)

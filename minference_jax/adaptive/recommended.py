@@ -5,7 +5,7 @@ from minference_jax.adaptive.block_threshold import BlockThreshold
 from minference_jax.adaptive.with_columns import WithColumns
 
 # The one place with these numbers: the command line, its help and its records take them from here.
-RECOMMENDED = WithColumns(BlockThreshold(alpha=0.05), num_columns=512)
+RECOMMENDED = WithColumns(BlockThreshold(alpha=0.1), num_columns=512)
 
 
 def recommended_attention(num_layers: int) -> AdaptiveAttention:
