@@ -16,8 +16,8 @@ from pallas_kernels.common.tiling import cdiv
 _DIGIT = 3
 _WIDTH = 31
 
-# Marks counted together when a mask is compacted.
-_BLOCK = 128
+# Marks of a word when a mask is compacted.
+_WORD = 32
 
 
 def top_k_mask(scores: Float[Array, " n"], k: Int[Array, ""]) -> Bool[Array, " n"]:
@@ -118,17 +118,10 @@ def _order_bits(scores):
 def compact(
     values: Int[Array, " n"], mask: Bool[Array, " n"], size: int, fill: int
 ) -> Int[Array, " size"]:
-    """The marked values in order, in an array of static size; the rest is `fill`.
-
-    A search reads a block of marks for each slot; where that is more than all marks, a scatter is
-    the shorter way.
-    """
+    """The marked values in order, in an array of static size; the rest is `fill`."""
     n = values.shape[0]
-    if size * _BLOCK > n:
-        # What is dropped has places of its own, so that no two writes meet.
-        at = jnp.where(mask, jnp.cumsum(mask) - 1, size + jnp.arange(n))
-        empty = jnp.full((size,), fill, jnp.int32)
-        return empty.at[at].set(values, mode="drop", unique_indices=True)
+    if n == 0:
+        return jnp.full((size,), fill, jnp.int32)
     at = _nth_marked(mask, jnp.arange(size))
     return jnp.where(at < n, values[jnp.minimum(at, n - 1)], fill)
 
@@ -136,12 +129,22 @@ def compact(
 def _nth_marked(mask: Bool[Array, " n"], number: Int[Array, " m"]) -> Int[Array, " m"]:
     """Position of each number-th mark (from 0); at least n if there are not so many.
 
-    A search among the counts of blocks finds the block, and counts inside it the position.
+    Marks are packed into words: a search among their counts finds the word, halving it the bit. No
+    slot reads more than a few words, where a scatter would write every mark.
     """
-    blocks = cdiv(mask.shape[0], _BLOCK)
-    mask = jnp.pad(mask, (0, blocks * _BLOCK - mask.shape[0])).reshape(blocks, _BLOCK)
+    words = cdiv(mask.shape[0], _WORD)
+    mask = jnp.pad(mask, (0, words * _WORD - mask.shape[0])).reshape(words, _WORD)
+    place = jnp.arange(_WORD, dtype=jnp.uint32)[None, :]
+    packed = jnp.sum(mask.astype(jnp.uint32) << place, axis=1)
     until = jnp.cumsum(jnp.sum(mask, axis=1))
-    block = jnp.searchsorted(until, number, side="right", method="scan_unrolled")
-    skipped = jnp.where(block > 0, until[jnp.maximum(block - 1, 0)], 0)
-    inside = jnp.cumsum(mask[jnp.minimum(block, blocks - 1)], axis=1)
-    return block * _BLOCK + jnp.sum(inside <= (number - skipped)[:, None], axis=1)
+    at = jnp.searchsorted(until, number, side="right", method="scan_unrolled")
+    word = packed[jnp.minimum(at, words - 1)]
+    left = number - jnp.where(at > 0, until[jnp.maximum(at - 1, 0)], 0)
+    bit = jnp.zeros_like(number)
+    for half in (16, 8, 4, 2, 1):
+        low = word & jnp.uint32(2**half - 1)
+        marks = jax.lax.population_count(low).astype(left.dtype)
+        high = left >= marks
+        word = jnp.where(high, word >> half, low)
+        left, bit = jnp.where(high, left - marks, left), jnp.where(high, bit + half, bit)
+    return at * _WORD + bit
