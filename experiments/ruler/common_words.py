@@ -2,7 +2,7 @@
 
 The ten stand 30 times each, the others 3 times; below 4,096 tokens 6 times and once. An example
 with its answer comes before: 40 words, 10 times and 3 times; below 4,096 tokens 20 words, 3 times
-and once. Prompts are worded as published (RULER, appendix B). Our own: words are those of
+and once. Prompts are worded as published (RULER, appendix D). Our own: words are those of
 `words.py` and those of the text that have at least four letters, all lower case, and are no
 function words; the last of the others may stand less often, so that the list fits.
 """

@@ -2,7 +2,7 @@
 
 Words are six random letters, one for each 50 tokens of the length. The word of rank k stands
 n k^-2 / zeta(2) times in n; dots stand in place of the first, so ranks 2 to 4 are the answers.
-Prompts are worded as published (RULER, appendix B).
+Prompts are worded as published (RULER, appendix D).
 """
 
 import math

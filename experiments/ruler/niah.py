@@ -4,7 +4,8 @@ A needle says that a key has a value. The haystack is noise, a text, or other ne
 needles stand between sentences at depths out of 40 that are evenly spread from start to end;
 elsewhere they are lines at any place.
 
-Prompts are worded as published (RULER, appendix B), in the singular where one value is asked for.
+Prompts are worded as published (RULER, appendix D), in the singular where one value is asked for,
+as in the authors' samples.
 Our own: the words of keys; any text, from its beginning, in place of the essays; whole sentences of
 noise in its last line; among needles, sentences of noise at the end, which fill what another needle
 would overshoot.

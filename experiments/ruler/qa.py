@@ -1,7 +1,7 @@
 """Questions about documents: SQuAD (one document answers) and HotpotQA (several do).
 
 The documents of the question stand among others, in random order; for SQuAD, others of the same
-article come first. Prompts are worded as published (RULER, appendix B). Our own: one of the other
+article come first. Prompts are worded as published (RULER, appendix D). Our own: one of the other
 documents may be cut, so that the prompt fits; those of the question never are.
 
 Files are those of the data sets: `squad.json` is SQuAD's dev-v2.0.json, `hotpotqa.json` is

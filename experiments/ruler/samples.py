@@ -1,4 +1,8 @@
-"""RULER's 13 tasks (Hsieh et al. 2024, arXiv 2404.06654) for any tokenizer and number of tokens."""
+"""RULER's 13 tasks (Hsieh et al. 2024, arXiv 2404.06654) for any tokenizer and number of tokens.
+
+Sizes and prompts are those published; each task's module says what is our own. Published sizes
+grow in steps, of 500 words for instance; ours are fitted to each sample, and fill the length.
+"""
 
 import dataclasses
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -7,7 +11,7 @@ from types import MappingProxyType
 from typing import Literal
 
 from experiments.common.errors import UserError
-from experiments.common.prompts import LONGER_TEXT, fit_size
+from experiments.common.prompts import LONGER_TEXT, fit_size, packaged_chapter
 from experiments.evaluation.sample import Sample
 from experiments.ruler.common_words import common_words
 from experiments.ruler.draft import Draft, Questions, Request
@@ -28,6 +32,7 @@ class Task:
         has_rest: whether the size is in units so large that a rest has to fill what is left.
         match: whether all right answers are wanted, or any of them.
         source: file of the questions, and what reads it, if the task needs one.
+        remedy: what to do if there is too little to fill a length.
     """
 
     max_new_tokens: int
@@ -35,6 +40,7 @@ class Task:
     has_rest: bool = False
     match: Literal["all", "any"] = "all"
     source: tuple[str, Callable[[Path], Questions]] | None = None
+    remedy: str = LONGER_TEXT
 
 
 def _niah(needles: Needles) -> Task:
@@ -48,6 +54,7 @@ def _qa(file: str, read: Callable[[Path], Questions]) -> Task:
         has_rest=True,
         match="any",
         source=(file, read),
+        remedy="ask for fewer: there are no more documents",
     )
 
 
@@ -62,7 +69,11 @@ tasks: Mapping[str, Task] = MappingProxyType(
         "niah_multivalue": _niah(Needles(values=4)),
         "niah_multiquery": _niah(Needles(keys=4, queries=4)),
         "vt": Task(max_new_tokens=30, builder=variable_tracking),
-        "cwe": Task(max_new_tokens=120, builder=common_words),
+        "cwe": Task(
+            max_new_tokens=120,
+            builder=common_words,
+            remedy="name one with more different words with --text",
+        ),
         "fwe": Task(max_new_tokens=50, builder=frequent_words),
         "qa_1": _qa("squad.json", read_squad),
         "qa_2": _qa("hotpotqa.json", read_hotpotqa),
@@ -101,7 +112,7 @@ def build_samples(
     length: int,
     number: int,
     seed: int,
-    text: str,
+    text: str | None = None,
     questions: Questions | None = None,
 ) -> Iterator[Sample]:
     """Yields samples of a task whose prompt, lead and answer together take `length` tokens.
@@ -115,13 +126,15 @@ def build_samples(
         length: tokens wanted.
         number: samples wanted.
         seed: with the task, the length and the number of the sample, decides all that is random.
-        text: the haystack where it is text; its words are also words of `cwe`.
+        text: the haystack where it is text; its words are also words of `cwe`. Without one, the
+            packaged chapter, about 5,400 tokens.
         questions: what `read_questions` returned for the task.
 
     Raises:
         UserError: the length cannot be reached, or there are fewer questions than samples.
     """
     chosen = tasks[task]
+    text = packaged_chapter() if text is None else text
     first = None
     for index in range(number):
         name = f"{task}-{length}-{index}"
@@ -148,8 +161,7 @@ def _fit(
     def count(size: int, rest: int) -> int:
         return count_tokens(task.builder(request, size, rest).text) + task.max_new_tokens
 
-    remedy = LONGER_TEXT if task.source is None else "ask for fewer: there are no more documents"
-    size = fit_size(lambda size: count(size, 0), request.length, first=first, remedy=remedy)
+    size = fit_size(lambda size: count(size, 0), request.length, first=first, remedy=task.remedy)
     rest = 0
     if task.has_rest:
         rest = fit_size(lambda more: count(size, more - 1), request.length, first=2) - 1

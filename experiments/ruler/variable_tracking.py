@@ -1,7 +1,7 @@
 """Variable tracking: which variables hold a value, through a chain of assignments in noise.
 
 One chain of four hops, so five variables; an example with its answer comes before the question.
-Prompts are worded as published (RULER, appendix B); the example is drawn anew for each sample.
+Prompts are worded as published (RULER, appendix D); the example is drawn anew for each sample.
 """
 
 import itertools

@@ -72,7 +72,7 @@ def folder(tmp_path_factory):
     return path
 
 
-def samples(task, folder=None, count=words, length=3000, number=1, seed=0, text=TEXT):
+def samples(task, folder=None, count=words, length=3000, number=1, seed=0, text=None):
     questions = None if folder is None else read_questions(task, folder)
     return list(build_samples(task, count, length, number, seed, text, questions))
 
@@ -221,7 +221,7 @@ def test_words_of_the_text_are_common_words_and_have_to_suffice():
     listed = set(re.findall(r"\d+\. (\S+)", sample.prompt))
     assert {"abox", "ffox"} & listed
     assert not {"xylo", "word", "Xylo"} & listed
-    with pytest.raises(UserError, match="name a longer one with --text"):
+    with pytest.raises(UserError, match="name one with more different words with --text"):
         samples("cwe", length=9000, text=text)
 
 
