@@ -25,6 +25,8 @@ Task = Literal["book", "code", "needle", "multi_needle", "key_value"]
 QUESTIONS: frozenset[Task] = frozenset({"needle", "multi_needle", "key_value"})
 FROM_BOOK: frozenset[Task] = frozenset({"book", "needle", "multi_needle"})
 
+LONGER_TEXT = "name a longer one with --text"
+
 CHAPTER = "moby_dick_chapter_41.txt"
 
 _PLACES = ("lighthouse", "harbour", "mill", "observatory", "abbey", "foundry", "archive", "orchard")
@@ -124,7 +126,7 @@ def code_prompt(words: int, *, seed: int) -> Prompt:
         missing -= len(sources[-1].split())
         if missing <= 0:
             break
-    return Prompt(text=_first_words("\n\n\n".join(sources), words))
+    return Prompt(text=first_words("\n\n\n".join(sources), words))
 
 
 def needle_prompt(book: str, words: int, *, seed: int, depth: float | None = None) -> Prompt:
@@ -196,7 +198,24 @@ def fit_prompt(
     Raises:
         UserError: the smallest prompt is longer, or the largest a good deal shorter.
     """
-    smallest = count_tokens(build(1).text)
+    return build(fit_size(lambda size: count_tokens(build(size).text), length))
+
+
+def fit_size(
+    count: Callable[[int], int], length: int, *, first: int | None = None, remedy: str = LONGER_TEXT
+) -> int:
+    """Returns the largest size whose prompt has at most `length` tokens.
+
+    Args:
+        count: tokens of a prompt of a size of at least 1; sizes beyond what there is add none.
+        length: tokens wanted.
+        first: a size that is expected to be near, if one is known.
+        remedy: what to do if there is too little to fill the length.
+
+    Raises:
+        UserError: the smallest prompt is longer, or the largest a good deal shorter.
+    """
+    smallest = count(1)
     if smallest > length:
         raise UserError(f"the shortest such prompt has {smallest} tokens, {length} were asked for")
     # Tokens are nearly a line over sizes, and those of a long text take long to count: the next
@@ -207,29 +226,26 @@ def fit_prompt(
         (x, y), (other_x, other_y) = low, high or before
         size = x + max(1, int((length - y) / max((other_y - y) / (other_x - x), 1.0)))
         if step == 1:  # of few words, too many tokens each
-            size = max(2, length // 64)
+            size = max(2, length // 64 if first is None else first)
         if high is not None:  # halving now and then bounds the steps, whatever the text
             size = min(size, high[0] - 1) if step % 4 else (x + high[0]) // 2
-        tokens = count_tokens(build(size).text)
+        tokens = count(size)
         if tokens > length:
             high = size, tokens
         elif high is None and tokens == y:  # there is no more
-            raise UserError(
-                f"the text has only {tokens} tokens, {length} were asked for; name a longer one "
-                "with --text"
-            )
+            raise UserError(f"the text has only {tokens} tokens, {length} were asked for; {remedy}")
         else:
             before, low = low, (size, tokens)
-    return build(low[0])
+    return low[0]
 
 
 def _passage(book: str, words: int, rng: random.Random) -> str:
     paragraphs = book.strip().split("\n\n")
     start = rng.randrange(len(paragraphs))
-    return _first_words("\n\n".join([*paragraphs[start:], *paragraphs[:start]]), words)
+    return first_words("\n\n".join([*paragraphs[start:], *paragraphs[:start]]), words)
 
 
-def _first_words(text: str, words: int) -> str:
+def first_words(text: str, words: int) -> str:
     """The text up to the end of so many words; all of it if it has fewer."""
     end = 0
     for match in itertools.islice(re.finditer(r"\S+", text), words):
