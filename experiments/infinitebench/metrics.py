@@ -60,7 +60,7 @@ def score(task: str, prediction: str, answers: Sequence[str]) -> float:
     return float(_score(known, prediction, answers))
 
 
-def _score(task: Task, prediction: str, answers: Sequence[str]) -> float:
+def _score(task: Task, prediction: str, answers: Sequence[str]) -> float | bool:
     match task:
         case "passkey" | "number_string":
             return _first_integer(prediction) == answers[0]
