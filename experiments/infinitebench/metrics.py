@@ -130,7 +130,7 @@ def _f1(tokens: Sequence[str], right: Sequence[str]) -> float:
 
 
 def _rouge(prediction: str, answer: str) -> float:
-    return _rouge_scorer().score(answer, prediction)["rougeLsum"].fmeasure
+    return float(_rouge_scorer().score(answer, prediction)["rougeLsum"].fmeasure)  # 0 is an int
 
 
 @functools.cache
