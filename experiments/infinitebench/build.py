@@ -43,7 +43,8 @@ def build_samples(
 ) -> Iterator[Sample]:
     """Yields samples of a synthetic task.
 
-    Their prompts are the longest that, with lead and answer, take at most `length` tokens. What is
+    Their prompts are the longest that, with lead and answer, take at most `length` tokens; less
+    than a sentence, pair or number is missing (a pair of kv_retrieval has some 60 tokens). What is
     asked for lies at depths spread evenly over the text; math_find goes through its seven kinds.
 
     Args:
