@@ -11,6 +11,9 @@ import jaxtyping
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# Most of the suite's time is compilation of small programs. Modules that run real weights switch
+# the optimisations on again.
+jax.config.update("jax_disable_most_optimizations", jax.default_backend() == "cpu")
 
 
 def pytest_collection_modifyitems(items):
@@ -20,6 +23,15 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture(scope="module")
+def optimised():
+    """Compiles as users do: for modules that run real weights, where computing takes longest."""
+    before = jax.config.jax_disable_most_optimizations
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture

@@ -42,6 +42,9 @@ def gguf_path(name):
     )
 
 
+pytestmark = pytest.mark.usefixtures("optimised")
+
+
 @pytest.fixture(scope="module", params=FILES)
 def case(request):
     return gguf_path(request.param), np.load(GOLDEN / "pretrained" / f"{request.param}.npz")
