@@ -13,7 +13,8 @@ import pytest
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Most of the suite's time is compilation of small programs. Modules that run real weights switch
 # the optimisations on again.
-jax.config.update("jax_disable_most_optimizations", jax.default_backend() == "cpu")
+_QUICK = jax.default_backend() == "cpu"
+jax.config.update("jax_disable_most_optimizations", _QUICK)
 
 
 def pytest_collection_modifyitems(items):
@@ -28,10 +29,9 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="module")
 def optimised():
     """Compiles as users do: for modules that run real weights, where computing takes longest."""
-    before = jax.config.jax_disable_most_optimizations
     jax.config.update("jax_disable_most_optimizations", False)
     yield
-    jax.config.update("jax_disable_most_optimizations", before)
+    jax.config.update("jax_disable_most_optimizations", _QUICK)
 
 
 @pytest.fixture
