@@ -1,4 +1,4 @@
-"""The key/value cache of all layers: static capacity, one length per row."""
+"""The key/value cache of all layers: static capacity, each layer's own number of keys."""
 
 import dataclasses
 from typing import no_type_check
@@ -12,24 +12,26 @@ from jaxtyping import Array, Float, Int
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """Keys (after rotary embedding) and values of the tokens read so far.
+    """Keys (after rotary embedding) and values of the tokens read so far, or of a part of them.
 
     Attributes:
-        keys: `[layers, batch, capacity, kv_heads, head_dim]`; rows from a row's length on mean
-            nothing.
+        keys: `[layers, batch, capacity, kv_heads, head_dim]`; rows from `stored` on mean nothing.
         values: as `keys`.
-        lengths: `[batch]` int32, tokens stored of each row; also the position of its next token.
+        stored: `[layers, batch]` int32, keys that each layer holds of each row, in the order of
+            their positions: fewer than `lengths` if a compression dropped some.
+        lengths: `[batch]` int32, tokens read of each row; also the position of its next token.
         rope_length: `[batch]` int32, the length that chose each row's rotary frequencies.
     """
 
     keys: Float[Array, "layers batch capacity kv_heads head_dim"]
     values: Float[Array, "layers batch capacity kv_heads head_dim"]
+    stored: Int[Array, "layers batch"]
     lengths: Int[Array, " batch"]
     rope_length: Int[Array, " batch"]
 
     @property
     def capacity(self) -> int:
-        """Tokens a row can hold."""
+        """Keys a layer can hold of a row."""
         return self.keys.shape[2]
 
 
