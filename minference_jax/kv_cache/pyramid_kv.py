@@ -5,7 +5,6 @@ from typing import no_type_check
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 from minference_jax.kv_cache.snap_kv import Pooling, check_vote, keep_voted
@@ -54,7 +53,7 @@ class PyramidKV:
     @classmethod
     def for_layers(cls, num_layers: int, **sizes) -> "PyramidKV":
         """The compression of a whole model; `sizes` are the attributes from `budget` on."""
-        return cls(layer=np.arange(num_layers, dtype=np.int32), num_layers=num_layers, **sizes)
+        return cls(layer=jnp.arange(num_layers, dtype=jnp.int32), num_layers=num_layers, **sizes)
 
     @property
     def capacity(self) -> int:

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from minference_jax.kv_cache import KVCompression
+
 
 @no_type_check
 @jax.tree_util.register_dataclass
@@ -33,6 +35,11 @@ class KVCache:
     def capacity(self) -> int:
         """Keys a layer can hold of a row."""
         return self.keys.shape[2]
+
+
+def kept_tokens(compression: KVCompression | None, length: int) -> int:
+    """The most tokens of a prompt that a layer keeps: all without a compression."""
+    return length if compression is None else min(compression.capacity, length)
 
 
 def attend_cached(

@@ -100,11 +100,6 @@ def check_compression(
         )
 
 
-def kept_tokens(compression: KVCompression | None, length: int) -> int:
-    """The most tokens of a prompt that a layer keeps."""
-    return length if compression is None else min(compression.capacity, length)
-
-
 def check_cache_room(cache: KVCache) -> None:
     """Raises ValueError when a row of the cache has no room for another token."""
     if is_concrete(cache.stored) and int(np.max(np.asarray(cache.stored))) >= cache.capacity:

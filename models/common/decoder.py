@@ -22,13 +22,12 @@ from jaxtyping import Array, Float, Int
 
 from minference_jax.kv_cache import KVCompression
 from minference_jax.types import AttentionFn
-from models.common.cache import KVCache
+from models.common.cache import KVCache, kept_tokens
 from models.common.checks import (
     check_attention,
     check_cache_room,
     check_compression,
     check_prompt,
-    kept_tokens,
 )
 from models.common.config import DecoderConfig
 from models.common.layers import DecoderLayer, Ends

@@ -11,13 +11,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from minference_jax.kv_cache import KVCompression
 from minference_jax.types import AttentionFn
+from models.common.cache import kept_tokens
 from models.common.checks import (
     check_attention,
     check_compression,
     check_context,
     check_prompt,
     is_concrete,
-    kept_tokens,
 )
 from models.common.config import DecoderConfig
 from models.common.passes import run_decode_step, run_prefill
