@@ -37,8 +37,8 @@ class PyramidKV:
     num_layers: int = dataclasses.field(metadata={"static": True})
     budget: int = dataclasses.field(default=4096, metadata={"static": True})
     window: int = dataclasses.field(default=32, metadata={"static": True})
-    kernel_size: int = dataclasses.field(default=5, metadata={"static": True})
-    pooling: Pooling = dataclasses.field(default="avg", metadata={"static": True})
+    kernel_size: int = dataclasses.field(default=7, metadata={"static": True})
+    pooling: Pooling = dataclasses.field(default="max", metadata={"static": True})
     beta: int = dataclasses.field(default=20, metadata={"static": True})
 
     def __post_init__(self):

@@ -22,7 +22,8 @@ class SnapKV:
 
     A key's votes are its column sum of the causal softmax of the last `window` queries, summed over
     the query heads that share it, then pooled over neighbours, so that what is kept is not torn
-    apart. The defaults are those of MInference's experiments (paper, Table 5).
+    apart. MInference's experiments (paper, Table 5) take the mean of 5; the maximum of 7 kept more of
+    the facts that were tried here (README).
 
     Attributes:
         budget: keys kept of each row and head, the window among them (static).
@@ -34,8 +35,8 @@ class SnapKV:
 
     budget: int = dataclasses.field(default=4096, metadata={"static": True})
     window: int = dataclasses.field(default=32, metadata={"static": True})
-    kernel_size: int = dataclasses.field(default=5, metadata={"static": True})
-    pooling: Pooling = dataclasses.field(default="avg", metadata={"static": True})
+    kernel_size: int = dataclasses.field(default=7, metadata={"static": True})
+    pooling: Pooling = dataclasses.field(default="max", metadata={"static": True})
 
     def __post_init__(self):
         """Raises ValueError for a size out of range."""

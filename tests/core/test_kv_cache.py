@@ -110,7 +110,7 @@ def test_pyramid_kv_is_snap_kv_with_each_layers_budget():
     q, k, v = random_qkv(2, batch=3, q_len=N, heads=4, kv_heads=2, head_dim=8)
     pyramid = PyramidKV.for_layers(3, budget=16, window=4, beta=4)
     budgets = [[25, 16, 7], [25, 16, 7], [16, 16, 16]]  # B = 12: 21, 12 and 3, and the window
-    sizes = {"window": 4, "kernel_size": 5, "pooling": "avg"}
+    sizes = {"window": 4, "kernel_size": 7, "pooling": "max"}
     assert pyramid.capacity == 25
     run = jax.jit(lambda layer, q, k, v, lengths: layer(q, k, v, lengths=lengths))
     for layer in range(3):
