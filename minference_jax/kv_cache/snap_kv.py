@@ -22,8 +22,8 @@ class SnapKV:
 
     A key's votes are its column sum of the causal softmax of the last `window` queries, summed over
     the query heads that share it, then pooled over neighbours, so that what is kept is not torn
-    apart. MInference's experiments (paper, Table 5) take the mean of 5; the maximum of 7 kept more of
-    the facts that were tried here (README).
+    apart. MInference's experiments (paper, Table 5) take the mean of 5; the maximum of 7 lost fewer
+    of the facts that were tried here (README).
 
     Attributes:
         budget: keys kept of each row and head, the window among them (static).
