@@ -9,8 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from minference_jax.kv_cache import KVCompression
 from minference_jax.types import AttentionFn
-from models.common.checks import check_attention, check_context, check_prompt, is_concrete
+from models.common.cache import kept_tokens
+from models.common.checks import (
+    check_attention,
+    check_compression,
+    check_context,
+    check_prompt,
+    is_concrete,
+)
 from models.common.config import DecoderConfig
 from models.common.passes import run_decode_step, run_prefill
 from models.common.stack import Params
@@ -72,6 +80,7 @@ def generate(
     key: Array | None = None,
     stop_tokens: tuple[int, ...] = (),
     chunk_size: int | None = None,
+    compression: KVCompression | None = None,
 ) -> GeneratedTokens:
     """Continues right-padded prompts, each until a stop token or `max_new_tokens`.
 
@@ -90,6 +99,7 @@ def generate(
         key: random key; needed unless greedy.
         stop_tokens: a row ends before any of these.
         chunk_size: prompt tokens computed at once, all if None.
+        compression: what each layer keeps of the prompt, as in `prefill`; new tokens are all kept.
 
     Raises:
         ValueError: as `prefill`; when prompt and new tokens exceed the model's context; when
@@ -101,6 +111,7 @@ def generate(
         raise ValueError(f"`chunk_size` must be at least 1, got {chunk_size}")
     check_prompt(tokens, lengths, config)
     check_attention(attention_fn, config.num_layers)
+    check_compression(compression, config.num_layers, tokens.shape[1], chunk_size)
     longest = tokens.shape[1]
     if lengths is None:
         lengths = jnp.full(tokens.shape[0], longest, jnp.int32)
@@ -116,6 +127,7 @@ def generate(
         lengths,
         key=jax.random.key(0) if key is None else key,
         attention_fn=attention_fn,
+        compression=compression,
         numbers=_filter(sampling, config.vocab_size),
         greedy=greedy,
         filtered=sampling.top_k is not None or sampling.top_p is not None,
@@ -146,6 +158,7 @@ def _generate(
     *,
     key,
     attention_fn,
+    compression,
     numbers,
     greedy,
     filtered,
@@ -155,8 +168,9 @@ def _generate(
     chunk_size,
 ):
     batch, length = tokens.shape
+    kept = kept_tokens(compression, length)
     # A multiple of the chunk size spares the prefill a copy of the cache.
-    chunk = 1 if chunk_size is None else min(chunk_size, length)
+    chunk = 1 if chunk_size is None or chunk_size >= length else chunk_size
     logits, cache, _ = run_prefill(
         params,
         tokens,
@@ -164,9 +178,10 @@ def _generate(
         lengths + max_new_tokens,
         config=config,
         attention_fn=attention_fn,
-        capacity=max(length + max_new_tokens, -(-length // chunk) * chunk),
+        capacity=max(kept + max_new_tokens, -(-kept // chunk) * chunk),
         chunk_size=chunk_size,
         observe=None,
+        compression=compression,
     )
     stops = jnp.asarray(stop_tokens, jnp.int32)
 
