@@ -12,6 +12,7 @@ from experiments.generate import Generate
 from experiments.latency.command import Latency
 from experiments.needle.command import Needle
 from experiments.patterns.command import Patterns
+from experiments.perplexity.command import Perplexity
 from experiments.prefill import Prefill
 from experiments.search.command import Search
 from experiments.visited.command import Visited
@@ -23,6 +24,7 @@ Command = tyro.conf.OmitArgPrefixes[
     | Annotated[Compare, tyro.conf.subcommand("compare", prefix_name=False)]
     | Annotated[CompareSummary, tyro.conf.subcommand("compare-summary", prefix_name=False)]
     | Annotated[Needle, tyro.conf.subcommand("needle", prefix_name=False)]
+    | Annotated[Perplexity, tyro.conf.subcommand("perplexity", prefix_name=False)]
     | Annotated[Latency, tyro.conf.subcommand("latency", prefix_name=False)]
     | Annotated[Patterns, tyro.conf.subcommand("patterns", prefix_name=False)]
     | Annotated[Visited, tyro.conf.subcommand("visited", prefix_name=False)]

@@ -83,6 +83,8 @@ def settings_of(config: Any, *, free: tuple[str, ...]) -> dict[str, Any]:
     """
     flat = _flat(dataclasses.asdict(config), "")
     chosen = {name: value for name, value in flat.items() if name not in free}
+    # Where the model lies does not matter; what it holds is known once it is loaded.
+    chosen["model.model"] = Path(config.model.model).name
     here = environment([])
     made = {name: here[name] for name in ("device", "git", "jax")}
     return chosen | made | {"patterns_sha256": _sha256_of(config.attention)}

@@ -6,7 +6,7 @@ a kill with the lines that are missing. Scores are made anew: they take no time.
 
 import dataclasses
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -213,8 +213,13 @@ def score(
 
 def _with_progress[Item: (Draft, Sample)](
     doing: str, items: Sequence[Item], known: dict[str, Any]
-) -> tqdm:
-    """The items that are not known, with a bar over all of them."""
+) -> Iterator[Item]:
+    """The items that are not known, with a bar over all of them that counts their tokens."""
     missing = [item for item in items if item.name not in known]
-    done = len(items) - len(missing)
-    return tqdm(missing, doing, len(items), initial=done, unit="sample", disable=None)
+    total, left = (sum(item.length for item in some) for some in (items, missing))
+    with tqdm(
+        desc=doing, total=total, initial=total - left, unit="token", unit_scale=True, disable=None
+    ) as bar:
+        for item in missing:
+            yield item
+            bar.update(item.length)

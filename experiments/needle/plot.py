@@ -7,7 +7,7 @@ from jaxtyping import Float
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.ticker import PercentFormatter
 
-from experiments.common.plotting import new_figure, save
+from experiments.common.plotting import new_figure, save, wrapped
 
 _COLOURS = LinearSegmentedColormap.from_list("needle", ["#d7403c", "#f2d15c", "#3aa76d"])
 
@@ -29,7 +29,7 @@ def grid_picture(
         title: the picture's.
         path: the file.
     """
-    width, height = 2.6 + 0.5 * len(lengths), 1.7 + 0.27 * len(depths)
+    width, height = 2.6 + 0.5 * len(lengths), 2.0 + 0.27 * len(depths)
     figure, [axes] = new_figure(max(width, 5.2), max(height, 2.8))
     image = axes.pcolormesh(
         np.ma.masked_invalid(grid), vmin=0, vmax=1, cmap=_COLOURS, edgecolors="white", linewidth=0.8
@@ -40,7 +40,8 @@ def grid_picture(
     axes.set_yticks(np.arange(len(depths)) + 0.5, [f"{depth:.0f}" for depth in depths])
     axes.tick_params(length=0)
     axes.spines[["left", "bottom"]].set_visible(False)
-    axes.set(xlabel="context length (tokens)", ylabel="depth of the needle (%)", title=title)
+    axes.set(xlabel="context length (tokens)", ylabel="depth of the needle (%)")
+    axes.set_title(wrapped(title, figure), fontsize=8)
     bar = axes.figure.colorbar(image, ax=axes, format=PercentFormatter(xmax=1, decimals=0))
     bar.set_label("needles found")
     return save(figure, path)
