@@ -50,6 +50,14 @@ def wrapped(title: str, figure: Figure) -> str:
     return "\n".join(textwrap.fill(line, width) for line in title.split("\n"))
 
 
+def short_tokens(number: float) -> str:
+    """Returns a number of tokens in three digits: 512, 4.1K, 1M."""
+    for unit, name in ((1e6, "M"), (1e3, "K")):
+        if number >= unit:
+            return f"{number / unit:.3g}{name}"
+    return f"{number:g}"
+
+
 def draw_density(
     axes: Axes,
     density: Float[np.ndarray, "layers heads"],

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.ticker import PercentFormatter
 
-from experiments.common.plotting import new_figure, save, wrapped
+from experiments.common.plotting import new_figure, save, short_tokens, wrapped
 
 _COLOURS = LinearSegmentedColormap.from_list("needle", ["#d7403c", "#f2d15c", "#3aa76d"])
 
@@ -36,7 +36,7 @@ def grid_picture(
     )
     axes.set_facecolor("0.85")
     axes.invert_yaxis()
-    axes.set_xticks(np.arange(len(lengths)) + 0.5, [_short(length) for length in lengths])
+    axes.set_xticks(np.arange(len(lengths)) + 0.5, [short_tokens(length) for length in lengths])
     axes.set_yticks(np.arange(len(depths)) + 0.5, [f"{depth:.0f}" for depth in depths])
     axes.tick_params(length=0)
     axes.spines[["left", "bottom"]].set_visible(False)
@@ -45,7 +45,3 @@ def grid_picture(
     bar = axes.figure.colorbar(image, ax=axes, format=PercentFormatter(xmax=1, decimals=0))
     bar.set_label("needles found")
     return save(figure, path)
-
-
-def _short(length: int) -> str:
-    return f"{length / 1e6:.3g}M" if length >= 1e6 else f"{length / 1e3:.3g}K"

@@ -5,14 +5,13 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
-from matplotlib.ticker import EngFormatter, NullLocator
 from rich.console import Console
 from rich.table import Table
 
 from experiments.common.attention import AttentionOptions
 from experiments.common.errors import UserError, check_writable, reported_as_user_error
 from experiments.common.options import LoadOptions, OptionalInt, at_least
-from experiments.common.plotting import new_figure, save, wrapped
+from experiments.common.plotting import new_figure, save, short_tokens, wrapped
 from experiments.common.session import load
 from experiments.compare.rows import fingerprint
 from experiments.evaluation.folder import claim, settings_of, write_record
@@ -93,9 +92,7 @@ class Perplexity:
         ):
             axes.plot(lengths, values, marker, color=colour, label=name, markersize=4)
         axes.set(xlabel="length (tokens)", ylabel="perplexity")
-        axes.set_xticks(lengths)
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xticks(lengths, [short_tokens(length) for length in lengths])
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
         texts = f"{curve[0].texts} text{'s' if curve[0].texts > 1 else ''}"

@@ -107,7 +107,9 @@ def measure(model: Model, attention: Any, tokens: Int[np.ndarray, " s"]) -> dict
     scored = score_positions(
         model.params, hidden[:-1], dense_hidden[:-1], ids[1:], config=model.config
     )
-    means = {name: float(np.mean(np.asarray(x, np.float64))) for name, x in scored._asdict().items()}
+    means = {
+        name: float(np.mean(np.asarray(x, np.float64))) for name, x in scored._asdict().items()
+    }
     visited, causal = (np.sum(np.asarray(count, np.float64)) for count in pairs)
     return {
         "dense_nll": means["dense_surprise"],
