@@ -50,7 +50,7 @@ def wrapped(title: str, figure: Figure) -> str:
     return "\n".join(textwrap.fill(line, width) for line in title.split("\n"))
 
 
-def short_tokens(number: float) -> str:
+def short_tokens(number: int) -> str:
     """Returns a number of tokens in three digits: 512, 4.1K, 1M."""
     for unit, name in ((1e6, "M"), (1e3, "K")):
         if number >= unit:

@@ -17,6 +17,7 @@ from jaxtyping import Int
 from tqdm import tqdm
 
 import minference_jax as mj
+from experiments.common.measure import density_of
 from experiments.common.session import encode
 from experiments.evaluation.folder import append_line, read_lines, replace_lines
 from experiments.evaluation.sample import Sample
@@ -110,7 +111,8 @@ def prepare(folder: Path, drafts: Sequence[Draft]) -> list[Sample]:
 
 
 def _sample(line: dict[str, Any]) -> Sample:
-    return Sample(**{**line, "answers": tuple(line["answers"])})
+    answers = tuple(line.pop("answers"))
+    return Sample(**line, answers=answers)
 
 
 def predict(
@@ -182,14 +184,13 @@ def _answer(
         chunk_size=chunk_size,
         observe=mj.observe_density,
     )
-    visited, causal = (np.sum(np.asarray(count, np.float64)) for count in result.observed)
     new = np.asarray(result.tokens)[0, : int(result.lengths[0])].tolist()
     return Prediction(
         name=sample.name,
         answer=model.tokenizer.decode(new),
         prompt_tokens=len(prompt),
         new_tokens=len(new),
-        density=round(float(visited / causal), 6),
+        density=density_of(result.observed),
     )
 
 

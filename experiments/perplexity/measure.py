@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
 import minference_jax as mj
+from experiments.common.measure import density_of
 from experiments.compare.quality import score_positions
 from experiments.evaluation.folder import append_line, read_lines
 from minference_jax.attention import VisitedPairs
@@ -107,16 +108,13 @@ def measure(model: Model, attention: Any, tokens: Int[np.ndarray, " s"]) -> dict
     scored = score_positions(
         model.params, hidden[:-1], dense_hidden[:-1], ids[1:], config=model.config
     )
-    means = {
-        name: float(np.mean(np.asarray(x, np.float64))) for name, x in scored._asdict().items()
-    }
-    visited, causal = (np.sum(np.asarray(count, np.float64)) for count in pairs)
+    kl, agrees, surprise, dense_surprise = (np.mean(np.asarray(x, np.float64)) for x in scored)
     return {
-        "dense_nll": means["dense_surprise"],
-        "nll": means["surprise"],
-        "kl": means["kl"],
-        "top1": means["agrees"],
-        "density": round(float(visited / causal), 6),
+        "dense_nll": float(dense_surprise),
+        "nll": float(surprise),
+        "kl": float(kl),
+        "top1": float(agrees),
+        "density": density_of(pairs),
     }
 
 
