@@ -50,7 +50,7 @@ def replace_lines(path: Path, values: Iterable[dict[str, Any]]) -> None:
 
 
 def claim(folder: Path, settings: dict[str, Any]) -> None:
-    """Notes what a run is made with; a later run there must be made with the same.
+    """Notes what a run is made with; once it has lines, it goes on with the same only.
 
     Args:
         folder: of the run; it exists.
@@ -62,8 +62,9 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
     path = folder / _SETTINGS
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     settings = json.loads(json.dumps(settings, default=str))
+    begun = any(folder.glob("*.jsonl"))
     for name, value in settings.items():
-        if known.get(name, value) != value:
+        if begun and known.get(name, value) != value:
             raise UserError(
                 f"{folder} holds a run made with {name} = {known[name]}, this one has {value}; "
                 "choose another --output, or remove that folder"

@@ -171,8 +171,10 @@ def test_only_a_line_without_its_end_is_removed(tmp_path):
         read_lines(path)
 
 
-def test_a_folder_belongs_to_one_setting(tmp_path):
+def test_a_folder_with_lines_belongs_to_one_setting(tmp_path):
+    claim(tmp_path, {"seed": 1, "lengths": (1, 2)})
     claim(tmp_path, {"seed": 0, "lengths": (1, 2)})
+    append_line(tmp_path / "samples.jsonl", {})
     claim(tmp_path, {"seed": 0, "lengths": (1, 2), "model": "m"})
     with pytest.raises(UserError, match="made with model = m, this one has n"):
         claim(tmp_path, {"seed": 0, "model": "n"})
