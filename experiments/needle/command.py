@@ -30,6 +30,10 @@ class Needle(Evaluation):
     """Depths of the needle, evenly from 0 to 100 %."""
     rounds: int = 1
     """Samples of each length and depth; the paper takes 5."""
+    lead: bool = False
+    """Read "The special magic … number is:" with the prompt, so that this attention must find the
+    number. Without it, as in the paper, a model that repeats the question finds it while it
+    decodes, densely."""
 
     def __post_init__(self) -> None:
         """Raises UserError for numbers out of range."""
@@ -51,7 +55,7 @@ class Needle(Evaluation):
             settings={"text_sha256": hashlib.sha256(book.encode()).hexdigest()},
             drafts=functools.partial(
                 drafts, book=book, lengths=lengths, depths=depths, rounds=self.rounds,
-                seed=self.seed, chat=self.chat,
+                seed=self.seed, chat=self.chat, lead=self.lead,
             ),
             metric=holds_answer,
         )  # fmt: skip

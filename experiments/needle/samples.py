@@ -1,5 +1,6 @@
 """Samples of the needle-in-a-haystack grid: a city's number in a passage of a book."""
 
+import dataclasses
 import random
 from collections.abc import Callable, Sequence
 
@@ -43,6 +44,7 @@ def drafts(
     rounds: int,
     seed: int,
     chat: bool,
+    lead: bool,
 ) -> list[Draft]:
     """Returns the grid, shortest prompts first.
 
@@ -54,11 +56,12 @@ def drafts(
         rounds: samples of each cell, each with its own passage, city and number.
         seed: decides all of them.
         chat: prompts will be put into the chat template.
+        lead: the answer's first words are read with the prompt.
     """
 
     def make(length: int, depth: float, number: int) -> Callable[[], Sample]:
         draw = f"{seed} {length} {depth:g} {number}"
-        return lambda: _sample(model, book, length, depth, number, draw=draw, chat=chat)
+        return lambda: _sample(model, book, length, depth, number, draw=draw, chat=chat, lead=lead)
 
     return [
         Draft(
@@ -71,13 +74,24 @@ def drafts(
 
 
 def _sample(
-    model: Model, book: str, length: int, depth: float, number: int, *, draw: str, chat: bool
+    model: Model,
+    book: str,
+    length: int,
+    depth: float,
+    number: int,
+    *,
+    draw: str,
+    chat: bool,
+    lead: bool,
 ) -> Sample:
     def build(words: int) -> Prompt:
-        return needle_prompt(book, words, depth=depth, draw=draw)
+        prompt = needle_prompt(book, words, depth=depth, draw=draw)
+        return prompt if lead else dataclasses.replace(prompt, lead="")
+
+    begins = build(1).lead
 
     def count_tokens(text: str) -> int:
-        return encode(model, text, chat=chat, max_new_tokens=0).shape[1]
+        return encode(model, text, chat=chat, lead=begins, max_new_tokens=0).shape[1]
 
     with reported_as_user_error(ValueError):
         prompt = fit_prompt(build, count_tokens, length - MAX_NEW_TOKENS)
@@ -86,13 +100,14 @@ def _sample(
         task=TASK,
         length=length,
         prompt=prompt.text,
+        lead=prompt.lead,
         answers=(prompt.answer,),
         max_new_tokens=MAX_NEW_TOKENS,
     )
 
 
 def needle_prompt(book: str, words: int, *, depth: float, draw: str) -> Prompt:
-    """Returns a passage of so many words with the needle in it, and the question for its number.
+    """Returns a passage of so many words with the needle in it, the question, and the lead.
 
     The needle is the original's, on lines of its own, behind the last sentence that ends before
     `depth` percent of the passage; at the start if none does.
@@ -113,6 +128,7 @@ def needle_prompt(book: str, words: int, *, depth: float, draw: str) -> Prompt:
         "Give a short, direct, high-quality answer to this question from the text above.\n"
         f"Question: What is the special magic {city} number?\nAnswer:",
         answer=number,
+        lead=f" The special magic {city} number is:",
     )
 
 

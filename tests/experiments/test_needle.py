@@ -2,6 +2,7 @@
 
 import re
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from matplotlib.image import imread
@@ -9,7 +10,8 @@ from matplotlib.image import imread
 from experiments.__main__ import main
 from experiments.common.record import read_records
 from experiments.evaluation.folder import read_lines, replace_lines
-from experiments.needle.samples import needle_prompt, place_of
+from experiments.needle.samples import drafts, needle_prompt, place_of
+from models import load_model
 
 LENGTH = 300
 BOOK = "\n\n".join(
@@ -42,6 +44,20 @@ def test_a_draw_decides_passage_city_and_number():
     assert drawn[0] == drawn[1]
     assert drawn[0].answer != drawn[2].answer
     assert drawn[0].text[:40] != drawn[2].text[:40]
+
+
+@pytest.mark.parametrize("lead", [False, True])
+def test_a_lead_is_read_with_the_prompt_and_counts(tiny_model, lead):
+    model = load_model(
+        tiny_model, dtype=jnp.float32, rope_scaling={"rope_type": "linear", "factor": 8.0}
+    )
+    [draft] = drafts(
+        model, book=BOOK, lengths=[200], depths=[50.0], rounds=1, seed=0, chat=True, lead=lead
+    )
+    sample = draft.make()
+    [(city, _)] = NEEDLE.findall(sample.prompt)
+    assert sample.lead == (f" The special magic {city} number is:" if lead else "")
+    assert len(model.tokenizer.encode(sample.prompt + sample.lead)) == 200 - 32
 
 
 def test_grid_is_read_scored_and_drawn(tiny_model, tmp_path, capsys):
