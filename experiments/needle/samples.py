@@ -128,7 +128,7 @@ def needle_prompt(book: str, words: int, *, depth: float, draw: str) -> Prompt:
         "Give a short, direct, high-quality answer to this question from the text above.\n"
         f"Question: What is the special magic {city} number?\nAnswer:",
         answer=number,
-        lead=f" The special magic {city} number is:",
+        lead=f" The special magic {city} number is: ",
     )
 
 

@@ -56,7 +56,7 @@ def test_a_lead_is_read_with_the_prompt_and_counts(tiny_model, lead):
     )
     sample = draft.make()
     [(city, _)] = NEEDLE.findall(sample.prompt)
-    assert sample.lead == (f" The special magic {city} number is:" if lead else "")
+    assert sample.lead == (f" The special magic {city} number is: " if lead else "")
     assert len(model.tokenizer.encode(sample.prompt + sample.lead)) == 200 - 32
 
 
