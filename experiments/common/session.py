@@ -94,15 +94,25 @@ def load(options: LoadOptions, console: Console) -> Model:
         )
 
 
-def encode(model: Model, text: str, *, chat: bool, max_new_tokens: int) -> Int[np.ndarray, "1 s"]:
-    """Returns the prompt's tokens; raises UserError if the model's context cannot hold them."""
+def encode(
+    model: Model, text: str, *, chat: bool, max_new_tokens: int, lead: str = ""
+) -> Int[np.ndarray, "1 s"]:
+    """Returns the prompt's tokens; raises UserError if the model's context cannot hold them.
+
+    Args:
+        model: the model.
+        text: the prompt.
+        chat: put it into the chat template, if there is one.
+        max_new_tokens: to be generated after it.
+        lead: how the answer begins. A template ends with a space of its own.
+    """
     tokenizer = model.tokenizer
     if chat and tokenizer.has_chat_template:
         with reported_as_user_error(ValueError):  # a template may refuse a conversation
             text = tokenizer.apply_chat_template([{"role": "user", "content": text}])
-        tokens = tokenizer.encode(text, add_special_tokens=False)
+        tokens = tokenizer.encode(text + lead.lstrip(), add_special_tokens=False)
     else:
-        tokens = tokenizer.encode(text)
+        tokens = tokenizer.encode(text + lead)
     needed, context = len(tokens) + max_new_tokens, model.config.max_position
     if needed > context:
         raise UserError(

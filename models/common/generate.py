@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from models.common.checks import (
     is_concrete,
 )
 from models.common.config import DecoderConfig
-from models.common.passes import run_decode_step, run_prefill
+from models.common.passes import Observe, run_decode_step, run_prefill
 from models.common.stack import Params
 
 
@@ -54,10 +54,13 @@ class GeneratedTokens(NamedTuple):
     Attributes:
         tokens: `[batch, max_new_tokens]`; from a row's length on, zeros.
         lengths: `[batch]`, tokens before the stop token, which is not counted.
+        observed: of the prompts, by the function given, as `models.common.decoder.prefill` returns
+            it; None without one.
     """
 
     tokens: Int[Array, "batch max_new"]
     lengths: Int[Array, " batch"]
+    observed: Any = None
 
 
 class _Filter(NamedTuple):
@@ -81,6 +84,7 @@ def generate(
     stop_tokens: tuple[int, ...] = (),
     chunk_size: int | None = None,
     compression: KVCompression | None = None,
+    observe: Observe | None = None,
 ) -> GeneratedTokens:
     """Continues right-padded prompts, each until a stop token or `max_new_tokens`.
 
@@ -100,6 +104,8 @@ def generate(
         stop_tokens: a row ends before any of these.
         chunk_size: prompt tokens computed at once, all if None.
         compression: what each layer keeps of the prompt, as in `prefill`; new tokens are all kept.
+        observe: called instead of each layer's attention while the prompts are read, as in
+            `models.common.decoder.prefill`.
 
     Raises:
         ValueError: as `prefill`; when prompt and new tokens exceed the model's context; when
@@ -135,6 +141,7 @@ def generate(
         max_new_tokens=max_new_tokens,
         stop_tokens=stop_tokens,
         chunk_size=chunk_size,
+        observe=observe,
     )
 
 
@@ -147,7 +154,7 @@ def choose_tokens(
     return _choose(logits, key, numbers, greedy=sampling.temperature == 0, filtered=filtered)
 
 
-_STATIC = ("config", "max_new_tokens", "stop_tokens", "chunk_size", "greedy", "filtered")
+_STATIC = ("config", "max_new_tokens", "stop_tokens", "chunk_size", "observe", "greedy", "filtered")
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC)
@@ -166,12 +173,13 @@ def _generate(
     max_new_tokens,
     stop_tokens,
     chunk_size,
+    observe,
 ):
     batch, length = tokens.shape
     kept = kept_tokens(compression, length)
     # A multiple of the chunk size spares the prefill a copy of the cache.
     chunk = 1 if chunk_size is None or chunk_size >= length else chunk_size
-    logits, cache, _ = run_prefill(
+    logits, cache, observed = run_prefill(
         params,
         tokens,
         lengths,
@@ -180,7 +188,7 @@ def _generate(
         attention_fn=attention_fn,
         capacity=max(kept + max_new_tokens, -(-kept // chunk) * chunk),
         chunk_size=chunk_size,
-        observe=None,
+        observe=observe,
         compression=compression,
     )
     stops = jnp.asarray(stop_tokens, jnp.int32)
@@ -209,7 +217,7 @@ def _generate(
         jnp.zeros(batch, jnp.int32),
     )
     _, _, _, out, counts, _ = jax.lax.while_loop(unfinished, next_token, (1, *first, cache))
-    return GeneratedTokens(out, counts)
+    return GeneratedTokens(out, counts, observed)
 
 
 def _choose(

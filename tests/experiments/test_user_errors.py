@@ -25,8 +25,8 @@ def told(capsys, *argv):
     [
         pytest.param(
             [],
-            "Expected one of {generate, prefill, search, compare, compare-summary, latency, "
-            "patterns, visited}.",
+            "Expected one of {generate, prefill, search, compare, compare-summary, needle, "
+            "perplexity, latency, patterns, visited}.",
             id="no-command",
         ),
         pytest.param(["generate"], "--model", id="no-model"),
