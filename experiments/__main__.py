@@ -10,7 +10,9 @@ from experiments.common.errors import parse_reporting_errors, run_reporting_erro
 from experiments.compare.command import Compare, CompareSummary
 from experiments.generate import Generate
 from experiments.latency.command import Latency
+from experiments.needle.command import Needle
 from experiments.patterns.command import Patterns
+from experiments.perplexity.command import Perplexity
 from experiments.prefill import Prefill
 from experiments.search.command import Search
 from experiments.visited.command import Visited
@@ -21,6 +23,8 @@ Command = tyro.conf.OmitArgPrefixes[
     | Annotated[Search, tyro.conf.subcommand("search", prefix_name=False)]
     | Annotated[Compare, tyro.conf.subcommand("compare", prefix_name=False)]
     | Annotated[CompareSummary, tyro.conf.subcommand("compare-summary", prefix_name=False)]
+    | Annotated[Needle, tyro.conf.subcommand("needle", prefix_name=False)]
+    | Annotated[Perplexity, tyro.conf.subcommand("perplexity", prefix_name=False)]
     | Annotated[Latency, tyro.conf.subcommand("latency", prefix_name=False)]
     | Annotated[Patterns, tyro.conf.subcommand("patterns", prefix_name=False)]
     | Annotated[Visited, tyro.conf.subcommand("visited", prefix_name=False)]

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from minference_jax.kv_cache import KVCompression
 from minference_jax.types import AttentionFn
 from models.common import decoder
 from models.common.cache import KVCache
@@ -40,6 +41,7 @@ class Model:
         rope_length: Int[Array, " batch"] | None = None,
         chunk_size: int | None = None,
         observe: decoder.Observe | None = None,
+        compression: KVCompression | None = None,
     ) -> (
         tuple[Float[Array, "batch vocab"], KVCache]
         | tuple[Float[Array, "batch vocab"], KVCache, Any]
@@ -56,6 +58,7 @@ class Model:
             rope_length=rope_length,
             chunk_size=chunk_size,
             observe=observe,
+            compression=compression,
         )
 
     def generate(
@@ -67,6 +70,7 @@ class Model:
         sampling: Sampling = Sampling(),  # noqa: B008, immutable
         key: Array | None = None,
         chunk_size: int | None = None,
+        compression: KVCompression | None = None,
     ) -> str | list[str]:
         """Continues one prompt, or several at once.
 
@@ -77,6 +81,7 @@ class Model:
             sampling: greedy unless its temperature is above 0.
             key: random key, needed for sampling.
             chunk_size: prompt tokens read at once, all if None.
+            compression: what each layer keeps of the prompt for decoding, everything if None.
 
         Returns:
             The new text (without the prompt), or a list of them for a list of prompts.
@@ -100,6 +105,7 @@ class Model:
             key=key,
             stop_tokens=self.tokenizer.stop_tokens,
             chunk_size=chunk_size,
+            compression=compression,
         )
         new, lengths = np.asarray(result.tokens), np.asarray(result.lengths)
         texts = [

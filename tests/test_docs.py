@@ -43,9 +43,10 @@ def test_contributing_names_files_that_exist():
 
 def test_options_in_the_readme_exist(capsys):
     analyses = ("distribution", "coverage", "recall", "maps", "sparsity", "decoding")
-    commands = [
-        [name] for name in ("generate", "prefill", "search", "compare", "latency", "visited")
-    ]
+    names = (
+        "generate", "prefill", "search", "compare", "needle", "perplexity", "latency", "visited",
+    )  # fmt: skip
+    commands = [[name] for name in names]
     for command in commands + [["patterns", name] for name in analyses]:
         with pytest.raises(SystemExit):
             main([*command, "--help"])

@@ -8,6 +8,8 @@ from rich.console import Console
 
 from experiments.common.attention import AttentionOptions
 from experiments.common.compare import Task, check_drawn_head, draw, run_outcomes
+from experiments.common.errors import UserError
+from experiments.common.kv_cache import CacheOptions
 from experiments.common.options import (
     ModelOptions,
     OutputOptions,
@@ -32,7 +34,11 @@ class PromptCommand:
 
 
 def run_prompt(
-    config: PromptCommand, *, kind: str, sampling: SamplingOptions | None
+    config: PromptCommand,
+    *,
+    kind: str,
+    sampling: SamplingOptions | None,
+    cache: CacheOptions = CacheOptions(),  # noqa: B008, immutable
 ) -> list[Outcome]:
     """Runs a prompt under the attention asked for, reports it, and returns the outcomes.
 
@@ -40,10 +46,13 @@ def run_prompt(
         config: the options.
         kind: name of the command, for the record.
         sampling: how to generate after the prompt, or None to only read it.
+        cache: what is kept of the prompt; a comparison with dense attention keeps everything.
 
     Raises:
         UserError: an input cannot be used, or an output not be written.
     """
+    if cache.kv_cache is not None and config.model.chunk_size is not None:
+        raise UserError("--kv-cache needs the whole prompt at once; leave out --chunk-size")
     progress, console = Console(stderr=True), Console()
     text = config.prompt.read()
     config.output.check_writable()
@@ -66,6 +75,7 @@ def run_prompt(
         chunk_size=config.model.chunk_size,
         repeats=config.output.repeats,
         keep_index=config.output.plot is not None,
+        cache=cache,
     )
     outcomes = run_outcomes(
         task,

@@ -11,6 +11,7 @@ from rich.console import Console
 import minference_jax as mj
 from experiments.common.attention import AttentionOptions
 from experiments.common.errors import UserError
+from experiments.common.kv_cache import CacheOptions
 from experiments.common.measure import agreement
 from experiments.common.options import OutputOptions, SamplingOptions
 from experiments.common.plotting import density_picture, mask_picture
@@ -30,6 +31,7 @@ class Task:
         chunk_size: tokens read at a time, all if None.
         repeats: timed runs of the prefill.
         keep_index: also keep what the attention asked for visited, to draw it.
+        cache: what is kept of the prompt.
     """
 
     model: Model
@@ -38,6 +40,7 @@ class Task:
     chunk_size: int | None
     repeats: int
     keep_index: bool
+    cache: CacheOptions
 
 
 def check_drawn_head(output: OutputOptions, model: Model) -> None:
@@ -54,10 +57,13 @@ def run_outcomes(
     task: Task, options: AttentionOptions, *, attention: Any, compare: bool, console: Console
 ) -> list[Outcome]:
     """Runs the attention asked for, and then dense if `compare`; the former comes first."""
-    asked = _outcome(task, attention, options.attention, options.describe(), console)
-    if not compare or options.attention == "dense":
+    name, description, kv_cache = options.attention, options.describe(), task.cache.kv_cache
+    if kv_cache is not None:
+        name, description = f"{name}, {kv_cache}", f"{description}; keys kept: {kv_cache}"
+    asked = _outcome(task, attention, name, description, console)
+    if not compare or name == "dense":
         return [asked]
-    task = dataclasses.replace(task, keep_index=False)
+    task = dataclasses.replace(task, keep_index=False, cache=CacheOptions())
     dense = _outcome(task, mj.DenseAttention(), "dense", "dense", console)
     agreed = agreement(dense.prefill.logits, asked.prefill.logits)
     return [dataclasses.replace(asked, agreement=agreed), dense]
@@ -74,6 +80,7 @@ def _outcome(task: Task, attention: Any, name: str, description: str, console: C
         chunk_size=task.chunk_size,
         repeats=task.repeats,
         keep_index=task.keep_index,
+        compression=task.cache.build(num_layers=task.model.config.num_layers),
     )
     generation = None
     if task.sampling is not None:

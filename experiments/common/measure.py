@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Float
 from rich.console import Console
 
+from minference_jax.attention import VisitedPairs
 from minference_jax.metrics import next_token_kl, top1_agreement
 
 
@@ -42,6 +43,12 @@ def agreement(
         kl=float(next_token_kl(other, dense)),
         total_variation=float(jnp.sum(jnp.abs(difference)) / 2),
     )
+
+
+def density_of(pairs: VisitedPairs) -> float:
+    """Returns the share of the causal pairs visited, over all heads, layers and chunks."""
+    visited, causal = (np.sum(np.asarray(count, np.float64)) for count in pairs)
+    return round(float(visited / causal), 6)
 
 
 def peak_memory() -> int:

@@ -1,5 +1,6 @@
 """One look for all pictures. Drawn without a display."""
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,20 @@ def save(figure: Figure, path: Path) -> Path:
     with mpl.rc_context(STYLE):
         figure.savefig(path)
     return path
+
+
+def wrapped(title: str, figure: Figure) -> str:
+    """Returns a title in lines that fit a figure's width at font size 8."""
+    width = round(13 * figure.get_figwidth())
+    return "\n".join(textwrap.fill(line, width) for line in title.split("\n"))
+
+
+def short_tokens(number: int) -> str:
+    """Returns a number of tokens in three digits: 512, 4.1K, 1M."""
+    for unit, name in ((1e6, "M"), (1e3, "K")):
+        if number >= unit:
+            return f"{number / unit:.3g}{name}"
+    return f"{number:g}"
 
 
 def draw_density(

@@ -96,6 +96,13 @@ def read_records(path: Path, *, kind: str | None = None) -> list[dict[str, Any]]
     return records
 
 
+def remove_cut_line(path: Path) -> None:
+    """Removes a last line that a kill cut off: one is written with its end, or is not whole."""
+    content = path.read_bytes()
+    if content and not content.endswith(b"\n"):
+        path.write_bytes(content[: content.rfind(b"\n") + 1])
+
+
 def _as_json(value: Any) -> Any:
     if isinstance(value, np.ndarray | np.generic | jax.Array):
         return np.asarray(value).tolist()

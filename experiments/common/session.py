@@ -17,7 +17,9 @@ import minference_jax as mj
 from experiments.common.errors import UserError, reported_as_user_error
 from experiments.common.measure import peak_memory, stage
 from experiments.common.options import LoadOptions, SamplingOptions
+from minference_jax.kv_cache import KVCompression
 from models import LoadError, Model, load_model
+from models.common.cache import kept_tokens
 from models.common.decoder import decode_step, prefill
 from models.common.generate import Sampling, choose_tokens
 
@@ -29,6 +31,7 @@ class PrefillRun:
     Attributes:
         logits: of the next token.
         cache: keys and values, for decoding.
+        cache_bytes: memory that they take.
         density: share of the causal pairs that each head visited.
         index: of every layer and chunk, leaves [layers, chunks, ...]; None if not kept.
         chunk_size: tokens of a chunk.
@@ -39,6 +42,7 @@ class PrefillRun:
 
     logits: Float[np.ndarray, " vocab"]
     cache: Any
+    cache_bytes: int
     density: Float[np.ndarray, "layers heads"]
     index: Any
     chunk_size: int
@@ -90,15 +94,25 @@ def load(options: LoadOptions, console: Console) -> Model:
         )
 
 
-def encode(model: Model, text: str, *, chat: bool, max_new_tokens: int) -> Int[np.ndarray, "1 s"]:
-    """Returns the prompt's tokens; raises UserError if the model's context cannot hold them."""
+def encode(
+    model: Model, text: str, *, chat: bool, max_new_tokens: int, lead: str = ""
+) -> Int[np.ndarray, "1 s"]:
+    """Returns the prompt's tokens; raises UserError if the model's context cannot hold them.
+
+    Args:
+        model: the model.
+        text: the prompt.
+        chat: put it into the chat template, if there is one.
+        max_new_tokens: to be generated after it.
+        lead: how the answer begins. A template ends with a space of its own.
+    """
     tokenizer = model.tokenizer
     if chat and tokenizer.has_chat_template:
         with reported_as_user_error(ValueError):  # a template may refuse a conversation
             text = tokenizer.apply_chat_template([{"role": "user", "content": text}])
-        tokens = tokenizer.encode(text, add_special_tokens=False)
+        tokens = tokenizer.encode(text + lead.lstrip(), add_special_tokens=False)
     else:
-        tokens = tokenizer.encode(text)
+        tokens = tokenizer.encode(text + lead)
     needed, context = len(tokens) + max_new_tokens, model.config.max_position
     if needed > context:
         raise UserError(
@@ -134,6 +148,7 @@ def run_prefill(
     chunk_size: int | None = None,
     repeats: int = 1,
     keep_index: bool = False,
+    compression: KVCompression | None = None,
 ) -> PrefillRun:
     """Reads a prompt: compiles once, then runs `repeats` times.
 
@@ -147,23 +162,25 @@ def run_prefill(
         chunk_size: tokens read at a time, all if None.
         repeats: timed runs.
         keep_index: also keep what was visited; block-sparse lists of long prompts are large.
+        compression: what is kept of the prompt, everything if None.
     """
-    total = tokens.shape[1] + max_new_tokens
+    length = tokens.shape[1]
+    total = length + max_new_tokens
 
-    def read(params: Any, tokens: Array, attention: Any) -> Any:
+    def read(params: Any, tokens: Array, attention: Any, compression: Any) -> Any:
         return prefill(
             params,
             tokens,
             config=model.config,
             attention_fn=attention,
-            capacity=total,
+            capacity=kept_tokens(compression, length) + max_new_tokens,
             rope_length=jnp.full((1,), total, jnp.int32),
             chunk_size=chunk_size or length,  # so that observations always have a chunk axis
             observe=observe_index if keep_index else observe_density,
+            compression=compression,
         )
 
-    length = tokens.shape[1]
-    arguments = (model.params, jnp.asarray(tokens), attention)
+    arguments = (model.params, jnp.asarray(tokens), attention, compression)
     with stage(console, f"{name}: compiling the prefill") as compiling:
         compiled = jax.jit(read).lower(*arguments).compile()
     seconds = []
@@ -176,6 +193,7 @@ def run_prefill(
     return PrefillRun(
         logits=np.asarray(logits[0], np.float32),
         cache=cache,
+        cache_bytes=cache.keys.nbytes + cache.values.nbytes,
         density=(visited / causal).astype(np.float32),
         index=index,
         chunk_size=min(chunk_size or length, length),

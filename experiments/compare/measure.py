@@ -161,7 +161,7 @@ def figures(subject: Subject, run: Run, dense_hidden: Float[Array, "rows embed"]
     scored = score_positions(
         model.params, run.hidden, dense_hidden, jnp.asarray(targets), config=model.config
     )
-    kl, agrees, surprise = (np.asarray(x, np.float64)[:compared] for x in scored)
+    kl, agrees, surprise, _ = (np.asarray(x, np.float64)[:compared] for x in scored)
     counted = count_work(run.index, jnp.asarray([end], jnp.int32), length=reading.length)
     visited, executed = (np.asarray(counted[x], np.float64) for x in ("visited", "executed"))
     result: dict[str, Any] = {

@@ -24,11 +24,13 @@ class Positions(NamedTuple):
         kl: KL(dense || method) of the next token's distribution, in nats.
         agrees: whether the likeliest next token is the same.
         surprise: -log probability of the prompt's own next token under the method, in nats.
+        dense_surprise: the same under dense attention.
     """
 
     kl: Float[Array, " rows"]
     agrees: Bool[Array, " rows"]
     surprise: Float[Array, " rows"]
+    dense_surprise: Float[Array, " rows"]
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -59,8 +61,12 @@ def score_positions(
     def one(chunk):
         hidden, dense_hidden, targets = chunk
         logits, dense = (row_logits(params, x, config=config) for x in (hidden, dense_hidden))
-        own = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[:, None], axis=1)[:, 0]
-        return Positions(next_token_kl(logits, dense), top1_agreement(logits, dense), -own)
+        own, dense_own = (
+            jnp.take_along_axis(jax.nn.log_softmax(x), targets[:, None], axis=1)[:, 0]
+            for x in (logits, dense)
+        )
+        kl, agrees = next_token_kl(logits, dense), top1_agreement(logits, dense)
+        return Positions(kl, agrees, -own, -dense_own)
 
     scored = jax.lax.map(one, jax.tree.map(split, (hidden, dense_hidden, targets)))
     return jax.tree.map(lambda x: x.reshape(-1)[:rows], scored)

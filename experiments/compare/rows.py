@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array
 
 from experiments.common.errors import reported_as_user_error
-from experiments.common.record import environment, read_records
+from experiments.common.record import environment, read_records, remove_cut_line
 from models import Model
 
 KIND = "compare"
@@ -94,7 +94,7 @@ def read_all(path: Path) -> list[Row]:
     if not path.exists():
         return []
     with reported_as_user_error(OSError, ValueError):
-        _remove_cut_line(path)
+        remove_cut_line(path)
         records = read_records(path, kind=KIND)
     names = {field.name for field in dataclasses.fields(Point)}
     return [row_of(record) for record in records if record["config"].keys() == names]
@@ -105,10 +105,3 @@ def read_rows(path: Path) -> dict[Point, Row]:
     here = environment([])
     rows = [row for row in read_all(path) if row.made == (here["device"], here["git"])]
     return {row.point: row for row in rows}
-
-
-def _remove_cut_line(path: Path) -> None:
-    """A record is written with the end of its line, so a line without one is not whole."""
-    content = path.read_bytes()
-    if content and not content.endswith(b"\n"):
-        path.write_bytes(content[: content.rfind(b"\n") + 1])

@@ -1,4 +1,4 @@
-"""The key/value cache of all layers: static capacity, one length per row."""
+"""The key/value cache of all layers: static capacity, each layer's own number of keys."""
 
 import dataclasses
 from typing import no_type_check
@@ -7,30 +7,39 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from minference_jax.kv_cache import KVCompression
+
 
 @no_type_check
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """Keys (after rotary embedding) and values of the tokens read so far.
+    """Keys (after rotary embedding) and values of the tokens read so far, or of a part of them.
 
     Attributes:
-        keys: `[layers, batch, capacity, kv_heads, head_dim]`; rows from a row's length on mean
-            nothing.
+        keys: `[layers, batch, capacity, kv_heads, head_dim]`; rows from `stored` on mean nothing.
         values: as `keys`.
-        lengths: `[batch]` int32, tokens stored of each row; also the position of its next token.
+        stored: `[layers, batch]` int32, keys that each layer holds of each row, in the order of
+            their positions: fewer than `lengths` if a compression dropped some.
+        lengths: `[batch]` int32, tokens read of each row; also the position of its next token.
         rope_length: `[batch]` int32, the length that chose each row's rotary frequencies.
     """
 
     keys: Float[Array, "layers batch capacity kv_heads head_dim"]
     values: Float[Array, "layers batch capacity kv_heads head_dim"]
+    stored: Int[Array, "layers batch"]
     lengths: Int[Array, " batch"]
     rope_length: Int[Array, " batch"]
 
     @property
     def capacity(self) -> int:
-        """Tokens a row can hold."""
+        """Keys a layer can hold of a row."""
         return self.keys.shape[2]
+
+
+def kept_tokens(compression: KVCompression | None, length: int) -> int:
+    """The most tokens of a prompt that a layer keeps: all without a compression."""
+    return length if compression is None else min(compression.capacity, length)
 
 
 def attend_cached(

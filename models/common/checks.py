@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from minference_jax import AdaptiveAttention, IndexedAttention, SparseAttention
+from minference_jax.kv_cache import KVCompression
 from models.common.cache import KVCache
 from models.common.config import DecoderConfig, DynamicNTKScaling
 
@@ -78,12 +79,33 @@ def check_attention(attention_fn: Any, num_layers: int) -> None:
             )
 
 
+def check_compression(
+    compression: KVCompression | None, num_layers: int, length: int, chunk_size: int | None
+) -> None:
+    """Raises ValueError when a prompt of `length` tokens cannot be read with this compression."""
+    if compression is None:
+        return
+    for path, leaf in jax.tree_util.tree_leaves_with_path(compression):
+        if jnp.shape(leaf)[:1] != (num_layers,):
+            raise ValueError(
+                f"`compression`{jax.tree_util.keystr(path)} has shape {jnp.shape(leaf)}, but the "
+                f"model has {num_layers} layers and needs a leading axis of that size: for "
+                f"PyramidKV, `PyramidKV.for_layers({num_layers})`"
+            )
+    if chunk_size is not None and chunk_size < length:
+        raise ValueError(
+            f"a prompt of {length} tokens in chunks of {chunk_size} cannot be compressed: every "
+            "chunk attends to the whole cache of those before it; leave out `chunk_size` or "
+            "`compression`"
+        )
+
+
 def check_cache_room(cache: KVCache) -> None:
     """Raises ValueError when a row of the cache has no room for another token."""
-    if is_concrete(cache.lengths) and int(np.max(np.asarray(cache.lengths))) >= cache.capacity:
+    if is_concrete(cache.stored) and int(np.max(np.asarray(cache.stored))) >= cache.capacity:
         raise ValueError(
             f"the cache is full: its capacity is {cache.capacity} tokens and a row holds "
-            f"{int(np.max(np.asarray(cache.lengths)))}; pass a larger `capacity` to `prefill`"
+            f"{int(np.max(np.asarray(cache.stored)))}; pass a larger `capacity` to `prefill`"
         )
 
 

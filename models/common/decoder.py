@@ -20,9 +20,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from minference_jax.kv_cache import KVCompression
 from minference_jax.types import AttentionFn
-from models.common.cache import KVCache
-from models.common.checks import check_attention, check_cache_room, check_prompt
+from models.common.cache import KVCache, kept_tokens
+from models.common.checks import (
+    check_attention,
+    check_cache_room,
+    check_compression,
+    check_prompt,
+)
 from models.common.config import DecoderConfig
 from models.common.layers import DecoderLayer, Ends
 from models.common.passes import Observe, run_decode_step, run_forward, run_prefill
@@ -85,6 +91,7 @@ def prefill(
     rope_length: Int[Array, " batch"] | None = None,
     chunk_size: int | None = None,
     observe: Observe | None = None,
+    compression: KVCompression | None = None,
 ) -> tuple[Float[Array, "batch vocab"], KVCache] | tuple[Float[Array, "batch vocab"], KVCache, Any]:
     """Reads prompts: the logits after each row's last real token, and the cache to go on from.
 
@@ -94,7 +101,8 @@ def prefill(
         config: the model's hyper-parameters.
         attention_fn: a pytree whose array leaves have a leading `[layers]` axis.
         lengths: real tokens of each row, all of them if None.
-        capacity: tokens the cache can hold, `s` if None.
+        capacity: tokens the cache can hold; if None, those of the prompt that it keeps: `s`, or
+            fewer with `compression`.
         rope_length: the length each row will have in the end, `lengths` if None. It decides dynamic
             rotary frequencies once for the row's whole life, so generation passes prompt + new
             tokens.
@@ -103,22 +111,26 @@ def prefill(
         observe: `observe(attention, q, k, v, *, lengths, q_offset) -> (out, anything)`, called
             instead of each layer's attention, with the same arguments. It is how densities or q, k,
             v are read.
+        compression: what each layer keeps of the prompt, everything if None; a pytree whose array
+            leaves have a leading `[layers]` axis. The logits do not depend on it.
 
     Returns:
         `(logits [batch, vocab] fp32, cache)`, and with `observe` a third item: `anything`, stacked
         over layers `[L, ...]`, with `chunk_size` over layers and chunks `[L, chunks, ...]`.
 
     Raises:
-        ValueError: as `forward`, and for a capacity or chunk size that does not fit.
+        ValueError: as `forward`, for a capacity or chunk size that does not fit, for a compression
+            for another number of layers, or together with a prompt in several chunks.
     """
     length = tokens.shape[1]
-    capacity = length if capacity is None else capacity
-    if capacity < length:
-        raise ValueError(
-            f"`capacity` ({capacity}) must be at least the prompt's length ({length} tokens)"
-        )
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"`chunk_size` must be at least 1, got {chunk_size}")
+    check_compression(compression, config.num_layers, length, chunk_size)
+    kept = kept_tokens(compression, length)
+    capacity = kept if capacity is None else capacity
+    if capacity < kept:
+        what = "the prompt's length" if compression is None else "what `compression` keeps"
+        raise ValueError(f"`capacity` ({capacity}) must be at least {what} ({kept} tokens)")
     rope_length = _check(tokens, lengths, rope_length, config=config, attention_fn=attention_fn)
     logits, cache, observed = run_prefill(
         params,
@@ -130,6 +142,7 @@ def prefill(
         capacity=capacity,
         chunk_size=chunk_size,
         observe=observe,
+        compression=compression,
     )
     return (logits, cache) if observe is None else (logits, cache, observed)
 
@@ -141,7 +154,7 @@ def decode_step(
 
     Args:
         params: the tree described above.
-        token: the next token of each row, written at the row's own length.
+        token: the next token of each row, at the position of the row's own length.
         cache: what `prefill` or the last step returned.
         config: the model's hyper-parameters.
 

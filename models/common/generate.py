@@ -2,17 +2,25 @@
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from minference_jax.kv_cache import KVCompression
 from minference_jax.types import AttentionFn
-from models.common.checks import check_attention, check_context, check_prompt, is_concrete
+from models.common.cache import kept_tokens
+from models.common.checks import (
+    check_attention,
+    check_compression,
+    check_context,
+    check_prompt,
+    is_concrete,
+)
 from models.common.config import DecoderConfig
-from models.common.passes import run_decode_step, run_prefill
+from models.common.passes import Observe, run_decode_step, run_prefill
 from models.common.stack import Params
 
 
@@ -46,10 +54,13 @@ class GeneratedTokens(NamedTuple):
     Attributes:
         tokens: `[batch, max_new_tokens]`; from a row's length on, zeros.
         lengths: `[batch]`, tokens before the stop token, which is not counted.
+        observed: of the prompts, by the function given, as `models.common.decoder.prefill` returns
+            it; None without one.
     """
 
     tokens: Int[Array, "batch max_new"]
     lengths: Int[Array, " batch"]
+    observed: Any = None
 
 
 class _Filter(NamedTuple):
@@ -72,6 +83,8 @@ def generate(
     key: Array | None = None,
     stop_tokens: tuple[int, ...] = (),
     chunk_size: int | None = None,
+    compression: KVCompression | None = None,
+    observe: Observe | None = None,
 ) -> GeneratedTokens:
     """Continues right-padded prompts, each until a stop token or `max_new_tokens`.
 
@@ -90,6 +103,9 @@ def generate(
         key: random key; needed unless greedy.
         stop_tokens: a row ends before any of these.
         chunk_size: prompt tokens computed at once, all if None.
+        compression: what each layer keeps of the prompt, as in `prefill`; new tokens are all kept.
+        observe: called instead of each layer's attention while the prompts are read, as in
+            `models.common.decoder.prefill`.
 
     Raises:
         ValueError: as `prefill`; when prompt and new tokens exceed the model's context; when
@@ -101,6 +117,7 @@ def generate(
         raise ValueError(f"`chunk_size` must be at least 1, got {chunk_size}")
     check_prompt(tokens, lengths, config)
     check_attention(attention_fn, config.num_layers)
+    check_compression(compression, config.num_layers, tokens.shape[1], chunk_size)
     longest = tokens.shape[1]
     if lengths is None:
         lengths = jnp.full(tokens.shape[0], longest, jnp.int32)
@@ -116,6 +133,7 @@ def generate(
         lengths,
         key=jax.random.key(0) if key is None else key,
         attention_fn=attention_fn,
+        compression=compression,
         numbers=_filter(sampling, config.vocab_size),
         greedy=greedy,
         filtered=sampling.top_k is not None or sampling.top_p is not None,
@@ -123,6 +141,7 @@ def generate(
         max_new_tokens=max_new_tokens,
         stop_tokens=stop_tokens,
         chunk_size=chunk_size,
+        observe=observe,
     )
 
 
@@ -135,7 +154,7 @@ def choose_tokens(
     return _choose(logits, key, numbers, greedy=sampling.temperature == 0, filtered=filtered)
 
 
-_STATIC = ("config", "max_new_tokens", "stop_tokens", "chunk_size", "greedy", "filtered")
+_STATIC = ("config", "max_new_tokens", "stop_tokens", "chunk_size", "observe", "greedy", "filtered")
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC)
@@ -146,6 +165,7 @@ def _generate(
     *,
     key,
     attention_fn,
+    compression,
     numbers,
     greedy,
     filtered,
@@ -153,20 +173,23 @@ def _generate(
     max_new_tokens,
     stop_tokens,
     chunk_size,
+    observe,
 ):
     batch, length = tokens.shape
+    kept = kept_tokens(compression, length)
     # A multiple of the chunk size spares the prefill a copy of the cache.
-    chunk = 1 if chunk_size is None else min(chunk_size, length)
-    logits, cache, _ = run_prefill(
+    chunk = 1 if chunk_size is None or chunk_size >= length else chunk_size
+    logits, cache, observed = run_prefill(
         params,
         tokens,
         lengths,
         lengths + max_new_tokens,
         config=config,
         attention_fn=attention_fn,
-        capacity=max(length + max_new_tokens, -(-length // chunk) * chunk),
+        capacity=max(kept + max_new_tokens, -(-kept // chunk) * chunk),
         chunk_size=chunk_size,
-        observe=None,
+        observe=observe,
+        compression=compression,
     )
     stops = jnp.asarray(stop_tokens, jnp.int32)
 
@@ -194,7 +217,7 @@ def _generate(
         jnp.zeros(batch, jnp.int32),
     )
     _, _, _, out, counts, _ = jax.lax.while_loop(unfinished, next_token, (1, *first, cache))
-    return GeneratedTokens(out, counts)
+    return GeneratedTokens(out, counts, observed)
 
 
 def _choose(

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from minference_jax.kv_cache import KeptKV
 from models.common.cache import KVCache, attend_cached
 from models.common.rope import rotation_tables
 from models.common.stack import ends_of, rotations, scan_layers
@@ -40,13 +41,17 @@ def run_forward(params, tokens, lengths, rope_length, *, config, attention_fn):
 
 @functools.partial(jax.jit, static_argnames=("config", "capacity", "chunk_size", "observe"))
 def run_prefill(
-    params, tokens, lengths, rope_length, *, config, attention_fn, capacity, chunk_size, observe
-):
+    params, tokens, lengths, rope_length, *, config, attention_fn, capacity, chunk_size, observe,
+    compression=None,
+):  # fmt: skip
     """Computes logits, cache and what was observed; see `models.common.decoder.prefill`."""
     observe = _call_attention if observe is None else observe
     whole = chunk_size is None or chunk_size >= tokens.shape[1]
-    read = _read_whole if whole else functools.partial(_read_chunks, chunk_size=chunk_size)
-    last, keys, values, observed = read(
+    if whole:
+        read = functools.partial(_read_whole, compression=compression)
+    else:
+        read = functools.partial(_read_chunks, chunk_size=chunk_size)
+    last, kept, observed = read(
         params,
         tokens,
         lengths,
@@ -60,13 +65,7 @@ def run_prefill(
         observed = jax.tree.map(lambda a: a[:, None], observed)
     if lengths is None:
         lengths = jnp.full(tokens.shape[0], tokens.shape[1], jnp.int32)
-    cache = KVCache(
-        keys=keys,
-        values=values,
-        lengths=lengths.astype(jnp.int32),
-        rope_length=rope_length.astype(jnp.int32),
-    )
-    return ends_of(params, config).logits(last), cache, observed
+    return ends_of(params, config).logits(last), _cache(kept, lengths, rope_length), observed
 
 
 @functools.partial(jax.jit, static_argnames=("config", "rows", "capacity", "observe"))
@@ -74,13 +73,12 @@ def run_hidden(
     params, tokens, lengths, rope_length, *, config, attention_fn, rows, capacity, observe
 ):
     """Computes the stream's last rows, cache and what was observed; see `capture.read_hidden`."""
-    x, keys, values, observed = _stream_whole(
+    x, kept, observed = _stream_whole(
         params, tokens, lengths, rope_length, config=config, attention_fn=attention_fn,
-        capacity=capacity, observe=observe,
+        capacity=capacity, observe=observe, compression=None,
     )  # fmt: skip
     take = lambda x, length: jax.lax.dynamic_slice_in_dim(x, jnp.maximum(length - rows, 0), rows)
-    lengths, rope_length = lengths.astype(jnp.int32), rope_length.astype(jnp.int32)
-    return jax.vmap(take)(x, lengths), KVCache(keys, values, lengths, rope_length), observed
+    return jax.vmap(take)(x, lengths), _cache(kept, lengths, rope_length), observed
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -89,30 +87,39 @@ def run_logits(params, x, *, config):
     return ends_of(params, config).logits(x)
 
 
-def _read_whole(params, tokens, lengths, rope_length, *, config, attention_fn, capacity, observe):
+def _read_whole(params, tokens, lengths, rope_length, **how):
     """The whole prompt at once."""
-    x, keys, values, observed = _stream_whole(
-        params, tokens, lengths, rope_length, config=config, attention_fn=attention_fn,
-        capacity=capacity, observe=observe,
-    )  # fmt: skip
+    x, kept, observed = _stream_whole(params, tokens, lengths, rope_length, **how)
     last = x[:, -1] if lengths is None else _row_at(x, lengths - 1)
-    return last, keys, values, observed
+    return last, kept, observed
 
 
-def _stream_whole(params, tokens, lengths, rope_length, *, config, attention_fn, capacity, observe):
-    """The residual stream behind the layers; the cache leaves their scan as its stacked output."""
+def _stream_whole(
+    params, tokens, lengths, rope_length, *, config, attention_fn, capacity, observe, compression
+):
+    """The residual stream behind the layers; the cache leaves their scan as its stacked output.
+
+    A layer's keys and values are compressed there, so those of all layers never exist together.
+    """
+    batch, length = tokens.shape
     cos, sin = rotations(tokens.shape, 0, rope_length, config)
-    room = ((0, 0), (0, capacity - tokens.shape[1]), (0, 0), (0, 0))
+    stored = jnp.full(batch, length, jnp.int32) if lengths is None else lengths
 
-    def attend(attention, q, k, v, layer, state):
+    def attend(of_layer, q, k, v, layer, state):
+        attention, compression = of_layer
         out, seen = observe(attention, q, k, v, lengths=lengths, q_offset=None)
-        return out, state, (jnp.pad(k, room), jnp.pad(v, room), seen)
+        kept = KeptKV(k, v, stored)
+        if compression is not None:
+            kept = compression(q, k, v, lengths=lengths)
+        room = ((0, 0), (0, capacity - kept.keys.shape[1]), (0, 0), (0, 0))
+        padded = KeptKV(jnp.pad(kept.keys, room), jnp.pad(kept.values, room), kept.stored)
+        return out, state, (padded, seen)
 
     x = ends_of(params, config).embed(tokens)
-    x, _, (keys, values, observed) = scan_layers(
-        params, x, cos, sin, attention_fn, attend, None, config=config
+    x, _, (kept, observed) = scan_layers(
+        params, x, cos, sin, (attention_fn, compression), attend, None, config=config
     )
-    return x, keys, values, observed
+    return x, kept, observed
 
 
 def _read_chunks(
@@ -166,7 +173,8 @@ def _read_chunks(
         read_chunk, start, (jnp.moveaxis(chunks, 1, 0), offsets)
     )
     observed = jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1), observed)
-    return last, keys[:, :, :capacity], values[:, :, :capacity], observed
+    stored = jnp.broadcast_to(lengths[None, :], (config.num_layers, batch))
+    return last, KeptKV(keys[:, :, :capacity], values[:, :, :capacity], stored), observed
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -177,28 +185,35 @@ def run_decode_step(params, token, cache, *, config):
     cos, sin = rotation_tables(config.rope, positions, cache.rope_length)
     rows = jnp.arange(token.shape[0])
 
-    def attend(attention, q, k, v, layer, state):
+    def attend(stored, q, k, v, layer, state):
         state = jax.tree.map(
-            lambda store, new: store.at[layer, rows, cache.lengths].set(new[:, 0], mode="drop"),
+            lambda store, new: store.at[layer, rows, stored].set(new[:, 0], mode="drop"),
             state,
             (k, v),
         )
         k, v = jax.tree.map(lambda store: store[layer], state)
-        return attend_cached(q, k, v, cache.lengths + 1), state, None
+        return attend_cached(q, k, v, stored + 1), state, None
 
     x, (keys, values), _ = scan_layers(
-        params, ends.embed(token[:, None]), cos, sin, (), attend, (cache.keys, cache.values),
-        config=config,
+        params, ends.embed(token[:, None]), cos, sin, cache.stored, attend,
+        (cache.keys, cache.values), config=config,
     )  # fmt: skip
     logits = ends.logits(x[:, 0])
-    logits = jnp.where((cache.lengths < cache.capacity)[:, None], logits, jnp.nan)
-    return logits, KVCache(keys, values, cache.lengths + 1, cache.rope_length)
+    room = jnp.max(cache.stored, axis=0) < cache.capacity
+    logits = jnp.where(room[:, None], logits, jnp.nan)
+    return logits, KVCache(keys, values, cache.stored + 1, cache.lengths + 1, cache.rope_length)
 
 
 @functools.partial(jax.jit, static_argnames="config")
 def run_embedding(params, tokens, *, config):
     """Computes the residual stream before the first layer."""
     return ends_of(params, config).embed(tokens)
+
+
+def _cache(kept, lengths, rope_length):
+    """The cache of all layers after a prompt."""
+    counts = (kept.stored, lengths, rope_length)
+    return KVCache(kept.keys, kept.values, *(count.astype(jnp.int32) for count in counts))
 
 
 def _row_at(x: Float[Array, "batch s embed"], row: Int[Array, " batch"]) -> Array:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -32,6 +33,18 @@ def test_generate_answers_and_reports(tiny_model, capsys, tmp_path):
     assert answer["text"] in shown
     for words in ("time to first token", "compilation", "causal pairs visited", "peak memory"):
         assert words in shown
+
+
+def test_a_part_of_the_keys_is_kept(tiny_model, tmp_path):
+    config = json.loads((Path(tiny_model) / "config.json").read_text())
+    argv = ["--model", tiny_model, "--prompt", PROMPT, "--attention", "dense"]
+    [kept] = run_recorded(
+        tmp_path, "generate", *argv, "--max-new-tokens", "3", "--kv-cache", "pyramidkv:34"
+    )["outcomes"]
+    assert kept["name"] == "dense, pyramidkv:34"
+    width = config["head_dim"] * config["num_key_value_heads"]
+    # 32 keys are the window; layers keep 2 more on average, the first one 4; 3 are new.
+    assert kept["cache_bytes"] == 2 * 2 * (32 + 4 + 3) * width * 4
 
 
 @pytest.mark.parametrize(

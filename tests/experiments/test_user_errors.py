@@ -7,6 +7,7 @@ import pytest
 
 from experiments.__main__ import main
 
+ASK = ["generate", "--model", "x", "--prompt", "a"]
 ORIGINAL = [{"0": ["vertical_and_slash", 30, 100, 1]}]
 
 
@@ -24,8 +25,8 @@ def told(capsys, *argv):
     [
         pytest.param(
             [],
-            "Expected one of {generate, prefill, search, compare, compare-summary, latency, "
-            "patterns, visited}.",
+            "Expected one of {generate, prefill, search, compare, compare-summary, needle, "
+            "perplexity, latency, patterns, visited}.",
             id="no-command",
         ),
         pytest.param(["generate"], "--model", id="no-model"),
@@ -83,6 +84,26 @@ def told(capsys, *argv):
             ["generate", "--model", "x", "--prompt", "a", "--max-new-tokens", "0"],
             "at least 1, got 0",
             id="no-new-tokens",
+        ),
+        pytest.param(
+            [*ASK, "--kv-cache", "snapkv"],
+            "pyramidkv:BUDGET or streaming:FIRST,LAST, got snapkv",
+            id="kv-cache-without-budget",
+        ),
+        pytest.param(
+            [*ASK, "--kv-cache", "streaming:4"],
+            "streaming:FIRST,LAST, got streaming:4",
+            id="kv-cache-one-size",
+        ),
+        pytest.param(
+            [*ASK, "--kv-cache", "snapkv:32"],
+            "a budget of 32",
+            id="kv-cache-small-budget",
+        ),
+        pytest.param(
+            [*ASK, "--kv-cache", "snapkv:64", "--chunk-size", "8"],
+            "leave out --chunk-size",
+            id="kv-cache-in-chunks",
         ),
     ],
 )

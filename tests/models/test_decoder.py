@@ -107,7 +107,8 @@ def test_dtype_of_parameters_is_that_of_cache_and_logits_are_float32():
     logits, cache = prefill(params, tokens, config=CONFIG, attention_fn=DENSE)
     assert (logits.dtype, cache.keys.dtype) == (jnp.float32, jnp.bfloat16)
     logits, cache = decode_step(params, jnp.array([3], jnp.int32), dataclasses.replace(
-        cache, lengths=jnp.array([7], jnp.int32)), config=CONFIG)  # fmt: skip
+        cache, lengths=jnp.array([7], jnp.int32), stored=jnp.full((3, 1), 7, jnp.int32)),
+        config=CONFIG)  # fmt: skip
     assert (logits.dtype, cache.keys.dtype) == (jnp.float32, jnp.bfloat16)
     want = full(jnp.concatenate([tokens[:, :7], jnp.array([[3]], jnp.int32)], axis=1))[0, -1]
     assert np.corrcoef(logits[0], want)[0, 1] > 0.999

@@ -1,0 +1,151 @@
+"""Perplexity of the beginnings of texts, under dense attention and under another."""
+
+import dataclasses
+import functools
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+from tqdm import tqdm
+
+import minference_jax as mj
+from experiments.common.measure import density_of
+from experiments.compare.quality import score_positions
+from experiments.evaluation.folder import append_line, read_lines
+from minference_jax.attention import VisitedPairs
+from models import Model
+from models.common.capture import read_hidden
+from models.common.config import DecoderConfig
+from models.common.decoder import Params
+
+
+class Text(NamedTuple):
+    """The name of a text and its tokens."""
+
+    name: str
+    tokens: Int[np.ndarray, " s"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """The beginning of a text, read with dense attention and with another.
+
+    Attributes:
+        text: its name.
+        sha256: of the tokens read.
+        length: how many they are.
+        dense_nll: mean over all tokens but the first of -log probability given those before, in
+            nats, under dense attention.
+        nll: the same under the other attention.
+        kl: mean of KL(dense || other) of the next token's distribution, in nats.
+        top1: share of the positions where the likeliest next token is the same.
+        density: share of the causal pairs that the other visited, mean over all heads.
+    """
+
+    text: str
+    sha256: str
+    length: int
+    dense_nll: float
+    nll: float
+    kl: float
+    top1: float
+    density: float
+
+
+class Mean(NamedTuple):
+    """All texts at one length; a perplexity is exp of the mean over all their predictions."""
+
+    length: int
+    texts: int
+    dense_perplexity: float
+    perplexity: float
+    kl: float
+    top1: float
+    density: float
+
+
+def measure_all(
+    path: Path, texts: Sequence[Text], lengths: Sequence[int], model: Model, attention: Any
+) -> list[Row]:
+    """Measures what a file of rows does not hold, and returns the rows of all texts and lengths.
+
+    Args:
+        path: the JSONL file; each row is appended as soon as it is measured.
+        texts: each of at least the longest length.
+        lengths: tokens read.
+        model: the model.
+        attention: the attention beside dense, with a leading [layers] axis on its arrays.
+    """
+    known = {(row.sha256, row.length): row for row in (Row(**line) for line in read_lines(path))}
+    wanted = {(_sha256(text.tokens[:length]), length): text for length in lengths for text in texts}
+    done = sum(length for _, length in wanted.keys() & known.keys())
+    total = sum(length for _, length in wanted)
+    with tqdm(total=total, initial=done, unit="token", unit_scale=True, disable=None) as bar:
+        for (sha256, length), text in wanted.items():
+            if (sha256, length) not in known:
+                bar.set_description(f"{text.name}, {length:,} tokens")
+                figures = measure(model, attention, text.tokens[:length])
+                row = Row(text=text.name, sha256=sha256, length=length, **figures)
+                append_line(path, dataclasses.asdict(row))
+                known[sha256, length] = row
+                bar.update(length)
+    return [known[point] for point in wanted]
+
+
+def measure(model: Model, attention: Any, tokens: Int[np.ndarray, " s"]) -> dict[str, float]:
+    """Figures of a `Row`; distributions are float32 and few at a time, sums are float64."""
+    ids = jnp.asarray(tokens)
+    dense_hidden, dense_pairs = _read(model.params, ids, mj.DenseAttention(), config=model.config)
+    hidden, pairs = dense_hidden, dense_pairs
+    if not isinstance(attention, mj.DenseAttention):
+        hidden, pairs = _read(model.params, ids, attention, config=model.config)
+    # The last row's next token is not in the text.
+    scored = score_positions(
+        model.params, hidden[:-1], dense_hidden[:-1], ids[1:], config=model.config
+    )
+    kl, agrees, surprise, dense_surprise = (np.mean(np.asarray(x, np.float64)) for x in scored)
+    return {
+        "dense_nll": float(dense_surprise),
+        "nll": float(surprise),
+        "kl": float(kl),
+        "top1": float(agrees),
+        "density": density_of(pairs),
+    }
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _read(
+    params: Params, tokens: Int[Array, " s"], attention: Any, *, config: DecoderConfig
+) -> tuple[Float[Array, "s embed"], VisitedPairs]:
+    """The stream behind the layers at every position, and what was visited."""
+    length = tokens.shape[0]
+    lengths = jnp.full(1, length, jnp.int32)
+    hidden, _, pairs = read_hidden(
+        params, tokens[None], config=config, attention_fn=attention, lengths=lengths,
+        rope_length=lengths, rows=length, capacity=length, observe=mj.observe_density,
+    )  # fmt: skip
+    return hidden[0], pairs
+
+
+def _sha256(tokens: Int[np.ndarray, " s"]) -> str:
+    return hashlib.sha256(tokens.astype(np.int32).tobytes()).hexdigest()
+
+
+def means(rows: Sequence[Row]) -> list[Mean]:
+    """Returns the means over all texts, shortest first."""
+    found = []
+    for length in sorted({row.length for row in rows}):
+        group = [row for row in rows if row.length == length]
+        nll, dense_nll, *others = (
+            float(np.mean([getattr(row, name) for row in group]))
+            for name in ("nll", "dense_nll", "kl", "top1", "density")
+        )
+        found.append(
+            Mean(length, len(group), float(np.exp(dense_nll)), float(np.exp(nll)), *others)
+        )
+    return found

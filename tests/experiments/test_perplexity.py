@@ -1,0 +1,184 @@
+"""`minference perplexity`: figures against numpy, texts, what a kill leaves, what is refused."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from matplotlib.image import imread
+from rich.console import Console
+
+from experiments.__main__ import main
+from experiments.common.attention import AttentionOptions
+from experiments.common.record import read_records
+from experiments.evaluation.folder import read_lines
+from experiments.perplexity import measure
+from experiments.perplexity.measure import Text, means, measure_all
+from experiments.perplexity.texts import encode_texts, files_of
+from minference_jax import DenseAttention
+from models import load_model
+from models.common.decoder import forward
+
+LENGTH = 300
+SPARSE = ["--attention", "a_shape", "--sink-size", "2", "--window-size", "8"]
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model):
+    scaling = {"rope_type": "linear", "factor": 8.0}
+    return load_model(tiny_model, dtype=jnp.float32, rope_scaling=scaling)
+
+
+def words(number, seed=0):
+    return " ".join(f"t{i}" for i in np.random.default_rng(seed).integers(3, 60, number))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Masked:
+    """Plain attention inside a mask for each layer."""
+
+    mask: Any
+
+    def __call__(self, q, k, v, *, lengths, q_offset):
+        k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
+        scores = jnp.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1] ** 0.5
+        weights = jax.nn.softmax(jnp.where(self.mask[None, None], scores, -jnp.inf))
+        return jnp.einsum("bhqk,bkhd->bqhd", weights, v)
+
+
+def visited_mask():
+    """What an attention that does not depend on the data visits."""
+    options = AttentionOptions(attention="a_shape", sink_size=2, window_size=8)
+    attention = options.build(num_layers=2, num_heads=4).layer(0)
+
+    @jax.jit
+    def mask(x):
+        return attention.attend(x, x, x)[1].to_mask(LENGTH, LENGTH)[0, 0]
+
+    return np.asarray(mask(jnp.zeros((1, LENGTH, 4, 16))))
+
+
+def log_softmax(model, mask, tokens):
+    logits = forward(
+        model.params, jnp.asarray(tokens)[None], config=model.config,
+        attention_fn=Masked(jnp.stack([jnp.asarray(mask)] * 2)),
+    )  # fmt: skip
+    logits = np.asarray(logits[0], np.float64)
+    logits -= logits.max(axis=1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+
+
+def test_command_measures_what_whole_distributions_say(tiny_model, model, tmp_path, capsys):
+    texts, folder = tmp_path / "texts", tmp_path / "run"
+    texts.mkdir()
+    for name, number in (("long", 2 * LENGTH), ("short", LENGTH - 1)):
+        (texts / f"{name}.txt").write_text(words(number))
+    argv = ["perplexity", "--model", tiny_model, "--rope-scaling", "linear:8", *SPARSE]
+    argv += ["--texts", str(texts), "--lengths", str(LENGTH), "--output", str(folder)]
+    assert main(argv) == 0
+    told = capsys.readouterr()
+    assert "left out: short.txt has 299 tokens" in told.err
+    tokens = model.tokenizer.encode(words(2 * LENGTH))[:LENGTH]
+    causal, mask = np.tri(LENGTH, dtype=bool), visited_mask()
+    dense, other = (log_softmax(model, each, tokens)[:-1] for each in (causal, mask))
+    [row] = read_lines(folder / "rows.jsonl")
+    nll, dense_nll = (-x[np.arange(LENGTH - 1), tokens[1:]].mean() for x in (other, dense))
+    kl = np.sum(np.exp(dense) * (dense - other), axis=1).mean()
+    assert abs(nll - dense_nll) > 1e-4
+    np.testing.assert_allclose([row["nll"], row["dense_nll"]], [nll, dense_nll], rtol=1e-5)
+    np.testing.assert_allclose(row["kl"], kl, rtol=1e-3)
+    assert row["top1"] == pytest.approx((dense.argmax(1) == other.argmax(1)).mean())
+    assert row["density"] == pytest.approx(mask.sum() / causal.sum(), abs=1e-5)
+    assert row["density"] < 0.9
+    [record] = read_records(folder / "record.jsonl", kind="perplexity")
+    [mean] = record["result"]["means"]
+    assert mean["perplexity"] == pytest.approx(np.exp(nll), rel=1e-5)
+    assert f"{np.exp(nll):.3f}" in told.out
+    assert imread(folder / "perplexity.png").shape[2] == 4
+    # A run that went to its end measures nothing again.
+    before = (folder / "rows.jsonl").read_bytes()
+    assert main(argv) == 0
+    assert (folder / "rows.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("killed_after", range(5))
+@pytest.mark.parametrize("cut", [0, 1, 30])
+def test_a_killed_run_ends_with_the_file_of_an_unbroken_one(
+    model, tmp_path, monkeypatch, killed_after, cut
+):
+    calls = []
+
+    def fake(model, attention, tokens):
+        calls.append(len(tokens))
+        names = ("dense_nll", "nll", "kl", "top1", "density")
+        return {name: len(tokens) / 7 + int(tokens[0]) + at for at, name in enumerate(names)}
+
+    monkeypatch.setattr(measure, "measure", fake)
+    texts = [Text(name, np.arange(at, at + 9, dtype=np.int32)) for at, name in enumerate("ab")]
+    run = lambda name: measure_all(tmp_path / name, texts, [4, 9], model, DenseAttention())
+    rows = run("whole")
+    assert [(row.text, row.length) for row in rows] == [("a", 4), ("b", 4), ("a", 9), ("b", 9)]
+    lines = (tmp_path / "whole").read_bytes().splitlines(keepends=True)
+    kept = b"".join(lines[:killed_after])
+    (tmp_path / "killed").write_bytes(kept[: len(kept) - cut] if kept else b"")
+    calls.clear()
+    assert run("killed") == rows
+    assert (tmp_path / "killed").read_bytes() == b"".join(lines)
+    lost = min(killed_after, 1 if cut else 0)
+    assert len(calls) == 4 - killed_after + lost
+
+
+def test_perplexity_is_over_all_predictions():
+    row = measure.Row(
+        text="a", sha256="", length=4, dense_nll=1.0, nll=2.0, kl=0.1, top1=1.0, density=0.5
+    )
+    [mean] = means([row, dataclasses.replace(row, nll=4.0, kl=0.3)])
+    assert (mean.length, mean.texts, mean.kl) == (4, 2, pytest.approx(0.2))
+    assert mean.perplexity == pytest.approx(np.exp(3.0))
+    assert mean.dense_perplexity == pytest.approx(np.exp(1.0))
+
+
+def test_texts_are_drawn_among_those_that_are_long_enough(model, tmp_path):
+    for at in range(6):
+        (tmp_path / f"{at}.txt").write_text(words(20 + at, at))
+    files = files_of([tmp_path])
+    draw = lambda seed: [
+        text.name
+        for text in encode_texts(
+            model, files, length=22, limit=2, seed=seed, console=Console(quiet=True)
+        )
+    ]
+    assert draw(1) == draw(1)
+    assert len({tuple(draw(seed)) for seed in range(8)}) > 3
+    assert {name for seed in range(8) for name in draw(seed)} == {f"{at}.txt" for at in range(2, 6)}
+
+
+@pytest.mark.parametrize(
+    ("argv", "told"),
+    [
+        pytest.param(["--texts", "none.txt"], "there is no text none.txt", id="no-text"),
+        pytest.param(["--texts", "."], "there is no .txt file in", id="empty-folder"),
+        pytest.param(["--lengths", "1"], "at least 2, got 1", id="length"),
+        pytest.param(["--lengths"], "at least one length", id="no-length"),
+        pytest.param(["--limit", "0"], "at least 1, got 0", id="limit"),
+    ],
+)
+def test_what_cannot_work_is_told_before_a_model_is_loaded(
+    capsys, tmp_path, monkeypatch, argv, told
+):
+    monkeypatch.chdir(tmp_path)
+    assert main(["perplexity", "--model", "missing", *argv]) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_texts_must_be_long_enough(tiny_model, tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text(words(20))
+    argv = ["perplexity", "--model", tiny_model, "--texts", str(text), "--output", str(tmp_path)]
+    assert main([*argv, "--lengths", "50"]) == 2
+    assert "no text has the 50 tokens" in capsys.readouterr().err
+    assert main([*argv, "--lengths", "100000"]) == 2
+    assert "do not fit the model's context" in capsys.readouterr().err
