@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.common.environment import on_cpu
 from pallas_kernels.common.tiling import cdiv
 
 # Hopper's bulk copies into swizzled shared memory start at multiples of 8 rows.
@@ -110,6 +111,8 @@ class BlockSparseIndex:
         part = self.block_q // self.halves
         most = min(_longest_list(kv_len, self.block_q, self.block_kv), self.entries.shape[2])
         at_once = max(1, _COUNTED // (batch * heads * max(most, self.columns.shape[2])))
+        if on_cpu():
+            at_once = 1  # XLA takes minutes to compile several for a CPU, which gains nothing
 
         def one_head(entries, begin, count, origin, shift, columns, column_count, length):
             def one_part(half, number, begin, count, origin, shift):
@@ -133,7 +136,7 @@ class BlockSparseIndex:
 
             tiles = (jnp.arange(begin.shape[0]), begin, count, origin, shift)
             step = min(at_once, begin.shape[0])
-            pairs, causal = jax.lax.map(one_tile, tiles, batch_size=step)
+            pairs, causal = jax.lax.map(one_tile, tiles, batch_size=step if step > 1 else None)
             return jnp.sum(pairs), jnp.sum(causal)
 
         over_heads = jax.vmap(one_head, in_axes=(0, 0, 0, 0, 0, 0, 0, None))

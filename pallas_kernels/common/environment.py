@@ -14,6 +14,11 @@ def default_device() -> str:
     return _device().device_kind
 
 
+def on_cpu() -> bool:
+    """Whether the default device is a CPU."""
+    return _device().platform == "cpu"
+
+
 def not_hopper() -> str | None:
     """Why Hopper's kernels cannot run on the default device, None if they can."""
     device = _device()

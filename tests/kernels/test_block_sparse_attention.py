@@ -168,6 +168,7 @@ def test_pairs_are_counted_some_query_tiles_at_a_time(monkeypatch):
     index = mixed_index(2, 4, 300, 401, block_kv=128, staggered=True)
     assert index.begin.shape == (2, 4, 3)
     most = max(index.columns.shape[2], min(index.entries.shape[2], 401 // 128 + 4))
+    monkeypatch.setattr(index_module, "on_cpu", lambda: False)
     counts = []
     for tiles in (1, 2, 3):
         monkeypatch.setattr(index_module, "_COUNTED", 2 * 4 * most * tiles)
