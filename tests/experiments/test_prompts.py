@@ -153,3 +153,9 @@ def test_books_are_files_or_folders(tmp_path):
     ):  # fmt: skip
         with pytest.raises(UserError, match=words):
             read_book(tmp_path / path)
+
+
+def test_the_lead_is_what_stands_before_the_answer():
+    prompt = needle_prompt(packaged_chapter(), 300, seed=3)
+    assert prompt.text.count(prompt.lead + prompt.answer) == 1
+    assert prompt.answer not in prompt.lead
