@@ -122,7 +122,8 @@ class AttentionOptions:
         if self.patterns is not None:
             return f"minference, patterns of {Path(self.patterns).name}"
         if self._adaptive:
-            return f"minference without patterns: adaptive, {RECOMMENDED}"
+            budget = f"alpha={RECOMMENDED.blocks.alpha}, num_columns={RECOMMENDED.num_columns}"
+            return f"minference without patterns: adaptive, found for each prompt ({budget})"
         sizes = dataclasses.asdict(self.uniform_pattern())
         budget = ", ".join(f"{name}={value}" for name, value in sizes.items())
         if self.attention == "minference":
