@@ -9,7 +9,7 @@ import tyro
 import minference_jax as mj
 from experiments.common.errors import UserError, reported_as_user_error
 from experiments.common.options import OptionalInt, flag
-from minference_jax.adaptive import RECOMMENDED
+from minference_jax.adaptive.recommended import ALPHA, NUM_COLUMNS
 from minference_jax.files import attention_size
 
 AttentionName = Literal[
@@ -122,7 +122,7 @@ class AttentionOptions:
         if self.patterns is not None:
             return f"minference, patterns of {Path(self.patterns).name}"
         if self._adaptive:
-            budget = f"alpha={RECOMMENDED.blocks.alpha}, num_columns={RECOMMENDED.num_columns}"
+            budget = f"alpha={ALPHA}, num_columns={NUM_COLUMNS}"
             return f"minference without patterns: adaptive, found for each prompt ({budget})"
         sizes = dataclasses.asdict(self.uniform_pattern())
         budget = ", ".join(f"{name}={value}" for name, value in sizes.items())

@@ -11,6 +11,7 @@ from rich.console import Console
 from tqdm import tqdm
 
 from experiments.common.errors import UserError, check_writable
+from experiments.common.fingerprint import fingerprint
 from experiments.common.options import LoadOptions, at_least
 from experiments.common.record import append_record
 from experiments.common.session import load
@@ -19,7 +20,7 @@ from experiments.compare.methods import Method, parse_methods, usage
 from experiments.compare.programs import compile_all, share_capacities
 from experiments.compare.prompts import ComparePrompts, Reading, tokenise_all
 from experiments.compare.report import WIDTH, table, write_report
-from experiments.compare.rows import KIND, Point, Row, fingerprint, read_rows, row_of
+from experiments.compare.rows import KIND, Point, Row, read_rows, row_of
 from experiments.compare.summary import table as summary_table
 from models import Model
 

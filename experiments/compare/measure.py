@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from experiments.common.quality import force_answer, score_positions
 from experiments.compare.prompts import Reading
-from experiments.compare.quality import force_answer, score_positions
 from minference_jax.search.cost import work_of
 from models import Model
 from models.common.cache import KVCache

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from tqdm import tqdm
 
 import minference_jax as mj
+from experiments.common.quality import force_answer, score_positions
 from experiments.compare.measure import Subject, count_work, read_arguments, run_read
-from experiments.compare.quality import force_answer, score_positions
 
 
 def share_capacities(attentions: Sequence[Any]) -> list[Any]:

@@ -1,17 +1,11 @@
 """Rows of a comparison's record: what each measured, and how those of a killed run are found."""
 
 import dataclasses
-import hashlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-import numpy as np
-from jaxtyping import Array
-
 from experiments.common.errors import reported_as_user_error
 from experiments.common.record import environment, read_records, remove_cut_line
-from models import Model
 
 KIND = "compare"
 
@@ -45,21 +39,6 @@ class Point:
     patterns_sha256: str | None
     positions: int
     repeats: int
-
-
-def fingerprint(model: Model) -> str:
-    """A digest of the configuration and of one number in each thousand of every weight array."""
-    digest = hashlib.sha256(repr(model.config).encode())
-    for leaf in jax.tree.leaves(model.params):
-        digest.update(str(leaf.dtype).encode())
-        digest.update(np.asarray(_sample(leaf)).tobytes())
-    return digest.hexdigest()
-
-
-@jax.jit
-def _sample(leaf: Array) -> Array:
-    # Only along one axis: a flattened copy of an embedding would not fit beside the model.
-    return leaf[..., ::97, ::11] if leaf.ndim > 1 else leaf
 
 
 class Row(NamedTuple):

@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.common.errors import check_writable, reported_as_user_error
+from experiments.common.fingerprint import fingerprint
 from experiments.common.session import load
-from experiments.compare.rows import fingerprint
 from experiments.evaluation.folder import claim, settings_of, write_record
 from experiments.evaluation.options import Evaluation
 from experiments.evaluation.stages import Draft, Metric, Score, limited, predict, prepare, score

@@ -10,10 +10,10 @@ from rich.table import Table
 
 from experiments.common.attention import AttentionOptions
 from experiments.common.errors import UserError, check_writable, reported_as_user_error
+from experiments.common.fingerprint import fingerprint
 from experiments.common.options import LoadOptions, OptionalInt, at_least
 from experiments.common.plotting import new_figure, save, short_tokens, wrapped
 from experiments.common.session import load
-from experiments.compare.rows import fingerprint
 from experiments.evaluation.folder import claim, settings_of, write_record
 from experiments.perplexity.measure import Mean, means, measure_all
 from experiments.perplexity.texts import encode_texts, files_of

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 import minference_jax as mj
 from experiments.common.measure import density_of
-from experiments.compare.quality import score_positions
+from experiments.common.quality import score_positions
 from experiments.evaluation.folder import append_line, read_lines
 from minference_jax.attention import VisitedPairs
 from models import Model

@@ -5,7 +5,8 @@ from minference_jax.adaptive.block_threshold import BlockThreshold
 from minference_jax.adaptive.with_columns import WithColumns
 
 # The one place with these numbers: the command line, its help and its records take them from here.
-RECOMMENDED = WithColumns(BlockThreshold(alpha=0.1), num_columns=512)
+ALPHA, NUM_COLUMNS = 0.1, 512
+RECOMMENDED = WithColumns(BlockThreshold(ALPHA), NUM_COLUMNS)
 
 
 def recommended_attention(num_layers: int) -> AdaptiveAttention:
