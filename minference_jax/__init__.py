@@ -3,6 +3,7 @@
 from minference_jax import metrics as metrics
 from minference_jax.adaptive import AdaptiveAttention as AdaptiveAttention
 from minference_jax.adaptive import BlockDiagonals as BlockDiagonals
+from minference_jax.adaptive import BlockMass as BlockMass
 from minference_jax.adaptive import BlockThreshold as BlockThreshold
 from minference_jax.adaptive import Estimator as Estimator
 from minference_jax.adaptive import FlexPrefill as FlexPrefill

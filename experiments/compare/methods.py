@@ -6,7 +6,7 @@ import hashlib
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import numpy as np
@@ -15,8 +15,9 @@ import minference_jax as mj
 from experiments.common.attention import check_size, read_attention
 from experiments.common.errors import UserError, one_line
 from minference_jax.files import attention_size
+from pallas_kernels.block_sparse_attention.api import Implementation
 
-Number = int | float
+Number = int | float | str
 
 # Families whose methods are files, not budgets.
 FROM_FILE = ("patterns", "shuffled")
@@ -44,7 +45,7 @@ class Family:
     """A family of methods.
 
     Attributes:
-        numbers: names of the numbers after the colon, and whether they are whole.
+        numbers: names of the numbers (or words) after the colon, and what reads each.
         make: from these numbers to what every head gets; raises ValueError.
         attention: from that, layers and heads to the attention of a model.
         required: how many of the numbers must be given.
@@ -59,6 +60,8 @@ class Family:
         """How such a method is written; brackets around what may be left out."""
         names = [word.upper() for word in self.numbers]
         must, may = names[: self.required], names[self.required :]
+        if not must:
+            return name + "".join(f"[:{word}]" for word in may)
         return (f"{name}:" if names else name) + ",".join(must) + "".join(f"[,{x}]" for x in may)
 
 
@@ -156,6 +159,13 @@ def _shuffled(attention: Any, seed: int) -> Any:
     return jax.tree.map(lambda x: x.reshape(-1)[order].reshape(x.shape), attention)
 
 
+def _dense(kernel: Any = None) -> mj.DenseAttention:
+    known = get_args(Implementation)
+    if kernel not in (None, *known):
+        raise ValueError(f"kernel must be one of {', '.join(known)}, got {kernel!r}")
+    return mj.DenseAttention(implementation=kernel)
+
+
 def _uniform(pattern: mj.Pattern, layers: int, heads: int) -> mj.SparseAttention:
     return mj.SparseAttention(mj.HeadPatterns.uniform(pattern, num_layers=layers, num_heads=heads))
 
@@ -167,6 +177,12 @@ def _adaptive(estimator: mj.Estimator, layers: int, heads: int) -> mj.AdaptiveAt
 def _threshold(alpha: float, pooled_rows: int = 16) -> mj.BlockThreshold:
     _check_divides("pooled_rows", pooled_rows)
     return mj.BlockThreshold(alpha, pooled_rows=pooled_rows)
+
+
+def _block_mass(mass: float, num_columns: int = 0, rows: int = 128) -> mj.Estimator:
+    _check_divides("rows", rows)
+    blocks = mj.BlockMass(mass, rows=rows)
+    return mj.WithColumns(blocks, num_columns) if num_columns else blocks
 
 
 def _hybrid(alpha: float, num_columns: int, pooled_rows: int = 16) -> mj.Estimator:
@@ -212,7 +228,8 @@ _TRIANGLE: dict[str, type] = {**_WINDOW, "last_size": int}
 _LINES: dict[str, type] = {"vertical_size": int, "slash_size": int}
 
 FAMILIES: dict[str, Family] = {
-    "dense": Family({}, mj.DenseAttention, lambda made, *_: made, 0),
+    # Another kernel's dense attention tells what rounding alone does.
+    "dense": Family({"kernel": str}, _dense, lambda made, *_: made, 0),
     "a_shape": Family(_WINDOW, mj.AShape, _uniform, 2),
     "tri_shape": Family(_TRIANGLE, mj.TriShape, _uniform, 3),
     "vertical_slash": Family({**_LINES, **_WINDOW}, mj.VerticalSlash, _uniform, 2),
@@ -221,6 +238,9 @@ FAMILIES: dict[str, Family] = {
     "threshold": Family({"alpha": float, "pooled_rows": int}, _threshold, _adaptive, 1),
     "hybrid": Family(
         {"alpha": float, "num_columns": int, "pooled_rows": int}, _hybrid, _adaptive, 2
+    ),
+    "block_mass": Family(
+        {"mass": float, "num_columns": int, "rows": int}, _block_mass, _adaptive, 1
     ),
     "xattention": Family({"tau": float, "stride": int}, _x_attention, _adaptive, 1),
     "flexprefill": Family(

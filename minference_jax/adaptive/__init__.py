@@ -3,6 +3,7 @@
 from minference_jax.adaptive.attention import AdaptiveAttention as AdaptiveAttention
 from minference_jax.adaptive.attention import IndexedAttention as IndexedAttention
 from minference_jax.adaptive.block_diagonals import BlockDiagonals as BlockDiagonals
+from minference_jax.adaptive.block_mass import BlockMass as BlockMass
 from minference_jax.adaptive.block_threshold import BlockThreshold as BlockThreshold
 from minference_jax.adaptive.flex_prefill import FlexPrefill as FlexPrefill
 from minference_jax.adaptive.layout import Estimator as Estimator

@@ -97,6 +97,19 @@ def block_threshold(prompt, first, *, alpha, sink_blocks, local_blocks, pooled_r
     return kept
 
 
+def block_mass(prompt, first, *, mass, rows):
+    real = list(prompt.rows(first))
+    apart = prompt.block_q // rows
+    scored = [real[at : at + apart][-1] for at in range(0, len(real), apart)]
+    share = np.zeros(prompt.num_blocks)
+    for q in prompt.heads:
+        for position in scored:
+            weights = softmax(prompt.k[: position + 1] @ q[position - prompt.offset] * prompt.scale)
+            for key, weight in enumerate(weights):
+                share[key // prompt.block_kv] += weight / (len(scored) * len(prompt.heads))
+    return {block for block in range(prompt.num_blocks) if share[block] >= mass}
+
+
 def x_attention(prompt, first, *, tau, stride):
     rows = prompt.rows(first)
     groups = -(-len(prompt.k) // stride)

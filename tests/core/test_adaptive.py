@@ -55,7 +55,8 @@ def expected(name, prompt, parameters):
         return brute_force.block_diagonals(prompt, **parameters)
     if name == "flex":
         return prompt.mask(brute_force.flex_prefill(prompt, **parameters)[0])
-    choose = {"threshold": brute_force.block_threshold, "antidiagonals": brute_force.x_attention}
+    choose = {"threshold": brute_force.block_threshold, "antidiagonals": brute_force.x_attention,
+              "mass": brute_force.block_mass}  # fmt: skip
     return prompt.mask(lambda first: choose[name](prompt, first, **parameters))
 
 
@@ -76,6 +77,8 @@ def expected(name, prompt, parameters):
             {"alpha": 0.0},
             True,
         ),
+        ("mass", mj.BlockMass, {"mass": 0.1, "rows": 32}, {"mass": 0.0}, False),
+        ("mass", mj.BlockMass, {"mass": 0.1, "rows": 4}, {"mass": 0.0}, True),
         ("antidiagonals", mj.XAttention, {"tau": 0.6, "stride": 8}, {"tau": 1.0}, True),
         ("flex", mj.FlexPrefill, FLEX, {"gamma": 1.0, "max_budget": 200}, False),
         ("flex", mj.FlexPrefill, FLEX, {"gamma": 1.0, "max_budget": 200}, True),

@@ -26,6 +26,9 @@ def attention_of(spec):
         ("xattention:1", "xattention:1", mj.AdaptiveAttention),
         ("flexprefill:0.95,0.1", "flexprefill:0.95,0.1", mj.AdaptiveAttention),
         ("diagonals:32,512", "diagonals:32,512", mj.AdaptiveAttention),
+        ("block_mass:0.01", "block_mass:0.01", mj.AdaptiveAttention),
+        ("block_mass:0.01,512,32", "block_mass:0.01,512,32", mj.AdaptiveAttention),
+        ("dense:xla", "dense:xla", mj.DenseAttention),
         ("diagonals:32", "diagonals:32", mj.AdaptiveAttention),
     ],
 )
