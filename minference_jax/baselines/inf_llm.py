@@ -14,7 +14,7 @@ from minference_jax.adaptive.scores import products
 from pallas_kernels.block_sparse_attention.index import BlockSparseIndex
 from pallas_kernels.common.tiling import cdiv
 
-# Keys of a block and rows that choose together must fit these.
+# Sizes that are whole numbers of key blocks.
 _WHOLE_BLOCKS = ("n_init", "n_local", "exc_block")
 
 
@@ -44,9 +44,9 @@ class InfLLM:
 
     Where this differs from the paper and its code:
 
-    * Positions are true ones, in scores and in attention, because q and k come after rotary
+    * Positions are true ones, in relevance and in attention, because q and k come after rotary
       embedding; InfLLM puts all distant keys at one distance. So a model does not reach beyond the
-      length it was made for.
+      length it was made for, and parts of the queries that turn fast cancel in a chunk's sum.
     * Representative scores are the paper's mean products; the released code sums softmax weights.
     * Keys between the window of a query and the distant blocks count as its window, in whole
       blocks.
