@@ -3,9 +3,11 @@
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 from rich.console import Console
+from rich.table import Table
 
 from experiments.common.capacities import share_capacities
 from experiments.common.errors import UserError, check_writable, reported_as_user_error
@@ -18,12 +20,46 @@ from experiments.evaluation.options import Evaluation
 from experiments.evaluation.predict import Prediction, predict, read_predictions, tokenise
 from experiments.evaluation.sample import Sample
 from experiments.evaluation.stages import Draft, Metric, Score, limited, prepare, score
-from experiments.evaluation.summary import means
 from models import Model
 from models.common.checks import check_context
 
 # Options that may change when a run goes on: what is there stays as it is.
 _FREE = ("output", "limit", "methods", "batch_size")
+
+
+class Mean(NamedTuple):
+    """Mean over the samples of a task and a length.
+
+    Attributes:
+        task: the task.
+        length: tokens that the prompts were made for.
+        samples: how many there are.
+        score: how right answers are, 0 to 1.
+        density: share of the causal pairs visited.
+        prefill_seconds: to the first token of a prompt, compilation apart.
+        decode_seconds: from there to the end of an answer, compilation apart.
+        cache_bytes: of the keys and values of a prompt and its answer.
+    """
+
+    task: str
+    length: int
+    samples: int
+    score: float
+    density: float
+    prefill_seconds: float
+    decode_seconds: float
+    cache_bytes: float
+
+
+_AVERAGED = Mean._fields[3:]
+
+# Costs as they are shown.
+_COSTS: dict[str, Callable[[list[Score]], str]] = {
+    "pairs visited, %": lambda group: f"{100 * _average(group, 'density'):.1f}",
+    "prefill, s": lambda group: f"{_average(group, 'prefill_seconds'):.3g}",
+    "decoding, s": lambda group: f"{_average(group, 'decode_seconds'):.3g}",
+    "cache, MiB": lambda group: f"{_average(group, 'cache_bytes') / 2**20:,.4g}",
+}
 
 
 def evaluate(
@@ -98,3 +134,39 @@ def _known(folder: Path, samples: Sequence[Sample]) -> list[Prediction]:
     known = read_predictions(folder)
     missing = any(sample.name not in known for sample in samples)
     return [] if missing else [known[sample.name] for sample in samples]
+
+
+def means(scores: Sequence[Score]) -> list[Mean]:
+    """Returns the means of each task and length, in the order in which they come first."""
+    groups: dict[tuple[str, int], list[Score]] = {}
+    for one in scores:
+        groups.setdefault((one.task, one.length), []).append(one)
+    return [
+        Mean(*at, len(group), *(_average(group, name) for name in _AVERAGED))
+        for at, group in groups.items()
+    ]
+
+
+def table(scores: dict[str, list[Score]], *, title: str) -> Table:
+    """Returns a column for each method: its scores, then what each length costs per prompt."""
+    found = Table(title=title)
+    found.add_column("score, %", no_wrap=True)
+    for name in ("tokens", "samples"):
+        found.add_column(name, justify="right", no_wrap=True)
+    for label in scores:
+        found.add_column(label, justify="right", overflow="fold")
+    of_methods = [means(of_method) for of_method in scores.values()]
+    for row in zip(*of_methods, strict=True):
+        cells = (f"{100 * mean.score:.1f}" for mean in row)
+        found.add_row(row[0].task, f"{row[0].length:,}", str(row[0].samples), *cells)
+    lengths = dict.fromkeys(mean.length for mean in of_methods[0])
+    for name, cell in _COSTS.items():
+        found.add_section()
+        for length in lengths:
+            groups = [[one for one in each if one.length == length] for each in scores.values()]
+            found.add_row(name, f"{length:,}", str(len(groups[0])), *map(cell, groups))
+    return found
+
+
+def _average(scores: Sequence[Score], name: str) -> float:
+    return float(np.mean([getattr(one, name) for one in scores]))

@@ -13,9 +13,8 @@ from experiments.common.methods import slug
 from experiments.common.options import OptionalPath, at_least
 from experiments.common.prompts import book_of
 from experiments.evaluation.options import Evaluation
-from experiments.evaluation.run import evaluate
+from experiments.evaluation.run import evaluate, table
 from experiments.evaluation.stages import Score
-from experiments.evaluation.summary import table
 from experiments.needle.plot import grid_picture
 from experiments.needle.samples import MAX_NEW_TOKENS, drafts, holds_answer, sample_name
 

@@ -1,6 +1,7 @@
 """Evaluation runs: what a kill leaves, what a run refuses, what its stages make of samples."""
 
 import dataclasses
+import io
 import itertools
 import json
 import shutil
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 
 from experiments.common.errors import UserError
 from experiments.common.methods import parse_method
@@ -18,9 +20,9 @@ from experiments.evaluation import answer, folder, predict, run, stages
 from experiments.evaluation.answer import Answerer
 from experiments.evaluation.folder import append_lines, claim, read_lines
 from experiments.evaluation.options import Evaluation
+from experiments.evaluation.run import means, table
 from experiments.evaluation.sample import Sample
 from experiments.evaluation.stages import Draft, Score, limited, prepare, score
-from experiments.evaluation.summary import means
 from minference_jax import DenseAttention
 from models import load_model
 from models.common.decoder import forward
@@ -136,6 +138,21 @@ def test_answers_do_not_depend_on_the_batch(answerer, tmp_path, spec, lengths):
     assert len(answerer.programs) - between == 3 * len(lengths)
 
 
+@pytest.mark.parametrize("chunk_size", [None, 128])
+def test_visited_pairs_of_long_prompts_are_counted_while_they_are_read(
+    answerer, model, tmp_path, monkeypatch, chunk_size
+):
+    """Prompts in chunks, and an index too large to keep."""
+    spec = "a_shape:2,8+streaming:4,60" if chunk_size is None else "dense"
+    how = {"spec": spec, "lengths": (300,), "limit": 1}
+    _, [want], _ = run_stages(tmp_path / "kept", answerer, **how)
+    monkeypatch.setattr(answer, "_INDEX_BYTES", 0)
+    counting = Answerer(model, chunk_size=chunk_size)
+    _, [found], _ = run_stages(tmp_path / "counted", counting, **how)
+    assert len(counting.programs) == 2  # reading and decoding
+    assert dataclasses.replace(found, cache_bytes=want.cache_bytes) == want
+
+
 def test_what_is_kept_of_a_prompt_takes_less_memory(answerer, tmp_path):
     _, [*_, kept], _ = run_stages(tmp_path, answerer, spec="dense+streaming:4,36", limit=1)
     bytes_of = lambda tokens: 2 * 2 * tokens * 2 * 16 * 4  # keys, values; layers; heads; float32
@@ -205,6 +222,26 @@ def test_means_are_over_task_and_length():
         ("a", 8, 1, 0.5, 0.25, 1.0, 1.5, 8.0),
         ("b", 4, 1, 0.25, 0.125, 0.5, 1.25, 4.0),
     ]
+
+
+def test_the_table_has_a_column_for_each_method():
+    score = Score(
+        name="", task="a", length=4000, score=0.25, density=0.5, prefill_seconds=1.234,
+        decode_seconds=0.5, cache_bytes=3 << 20,
+    )  # fmt: skip
+    other = dataclasses.replace(score, score=1.0, density=0.125)
+    label = "minference+snapkv:1024"
+    console = Console(width=60, file=io.StringIO())
+    found = table({"dense": [score], label: [other]}, title="")
+    console.print(found)
+    lines = console.file.getvalue().splitlines()
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines]
+    assert ["a", "4,000", "1", "25.0", "100.0"] in cells
+    assert ["pairs visited, %", "4,000", "1", "50.0", "12.5"] in cells
+    assert ["prefill, s", "4,000", "1", "1.23", "1.23"] in cells
+    assert ["cache, MiB", "4,000", "1", "3", "3"] in cells
+    heads = [[cell.strip() for cell in line.split("┃")[1:-1]] for line in lines]
+    assert "".join(head[4] for head in heads if head) == label
 
 
 def test_a_prompt_beyond_the_context_is_told(model):
