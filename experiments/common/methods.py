@@ -288,4 +288,4 @@ FAMILIES: dict[str, Family] = {
 def usage() -> str:
     """How all methods are written."""
     families = (family.usage(name) for name, family in FAMILIES.items())
-    return ", ".join([*families, "patterns:FILE", "shuffled:FILE[,SEED]"])
+    return ", ".join([*families, "patterns:NAME_OR_FILE", "shuffled:NAME_OR_FILE[,SEED]"])

@@ -120,16 +120,17 @@ class Perplexity:
 
 def _table(curves: dict[str, list[Mean]], *, title: str) -> Table:
     """All methods at one length, then at the next."""
-    table = Table("tokens", "texts", "method", title=title)
-    for name in ("perplexity", "more", "KL", "top-1, %", "visited, %"):
-        table.add_column(name, justify="right")
+    table = Table(title=title)
+    table.add_column("method", overflow="fold")
+    for name in ("tokens", "texts", "perplexity", "more", "KL", "top-1, %", "visited, %"):
+        table.add_column(name, justify="right", no_wrap=True)
     for row in zip(*curves.values(), strict=True):
         table.add_section()
         for label, mean in zip(curves, row, strict=True):
             table.add_row(
+                label,
                 f"{mean.length:,}",
                 str(mean.texts),
-                label,
                 f"{mean.perplexity:.3f}",
                 f"{mean.perplexity - mean.dense_perplexity:+.3f}",
                 f"{mean.kl:.4f}",
