@@ -23,6 +23,8 @@ from models.common.checks import check_context
 
 # Options that may change when a run goes on: rows name their text and length.
 _FREE = ("output", "limit", "seed", "texts", "lengths", "methods")
+# Columns of text that the table needs.
+_WIDTH = 110
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,6 +89,7 @@ class Perplexity:
             dict(zip(folders, attentions, strict=True)),
         )
         curves = {label: means(of_method) for label, of_method in rows.items()}
+        console.width = max(console.width, _WIDTH)  # a figure cut short would be lost
         console.print(_table(curves, title=f"perplexity of {Path(self.model.model).name}"))
         picture = self._draw(curves)
         for method in methods:
@@ -121,7 +124,7 @@ class Perplexity:
 def _table(curves: dict[str, list[Mean]], *, title: str) -> Table:
     """All methods at one length, then at the next."""
     table = Table(title=title)
-    table.add_column("method", overflow="fold")
+    table.add_column("method", no_wrap=True)
     for name in ("tokens", "texts", "perplexity", "more", "KL", "top-1, %", "visited, %"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in zip(*curves.values(), strict=True):
