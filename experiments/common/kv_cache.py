@@ -2,10 +2,52 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import NamedTuple
 
 from experiments.common.errors import UserError, reported_as_user_error
 from experiments.common.options import OptionalText
 from minference_jax.kv_cache import KVCompression, PyramidKV, SnapKV, StreamingKV
+
+USAGE = "snapkv:BUDGET, pyramidkv:BUDGET or streaming:FIRST,LAST"
+
+
+class Compression(NamedTuple):
+    """A way to keep less than the whole cache.
+
+    Attributes:
+        label: name and sizes, written in one way only.
+        make: the compression of a model of some layers.
+    """
+
+    label: str
+    make: Callable[[int], KVCompression]
+
+
+# What the sizes make, and how many they are.
+_METHODS: dict[str, tuple[int, Callable[..., KVCompression]]] = {
+    "snapkv": (1, lambda layers, budget: SnapKV(budget=budget)),
+    "pyramidkv": (1, lambda layers, budget: PyramidKV.for_layers(layers, budget=budget)),
+    "streaming": (2, lambda layers, *sizes: StreamingKV(*sizes)),
+}
+
+
+def is_compression(spec: str) -> bool:
+    """Returns whether this begins with the name of a compression."""
+    return spec.partition(":")[0] in _METHODS
+
+
+def parse_compression(spec: str, *, option: str) -> Compression:
+    """Returns a compression; raises UserError, which names the option, if it is none."""
+    name, _, written = spec.partition(":")
+    sizes = written.split(",")
+    wanted, make = _METHODS.get(name, (0, None))
+    if make is None or len(sizes) != wanted or not all(size.isdecimal() for size in sizes):
+        raise UserError(f"{option} must be {USAGE}, got {spec}")
+    numbers = [int(size) for size in sizes]
+    with reported_as_user_error(ValueError):
+        make(1, *numbers)
+    label = f"{name}:{','.join(map(str, numbers))}"
+    return Compression(label, lambda num_layers: make(num_layers, *numbers))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,18 +66,4 @@ class CacheOptions:
         """Returns the compression of a model, None to keep everything."""
         if self.kv_cache is None:
             return None
-        name, _, written = self.kv_cache.partition(":")
-        methods: dict[str, tuple[int, Callable[..., KVCompression]]] = {
-            "snapkv": (1, lambda budget: SnapKV(budget=budget)),
-            "pyramidkv": (1, lambda budget: PyramidKV.for_layers(num_layers, budget=budget)),
-            "streaming": (2, StreamingKV),
-        }
-        sizes = written.split(",")
-        wanted, make = methods.get(name, (0, None))
-        if make is None or len(sizes) != wanted or not all(size.isdecimal() for size in sizes):
-            raise UserError(
-                "--kv-cache must be snapkv:BUDGET, pyramidkv:BUDGET or streaming:FIRST,LAST, got "
-                f"{self.kv_cache}"
-            )
-        with reported_as_user_error(ValueError):
-            return make(*map(int, sizes))
+        return parse_compression(self.kv_cache, option="--kv-cache").make(num_layers)

@@ -57,6 +57,17 @@ def append_record(
         config: a dataclass with everything that was asked for.
         result: figures; numbers, strings, lists, dicts and numpy arrays.
     """
+    record = make_record(kind=kind, argv=argv, config=config, result=result)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+    return record
+
+
+def make_record(
+    *, kind: str, argv: Sequence[str], config: Any, result: dict[str, Any]
+) -> dict[str, Any]:
+    """Returns a record as its file holds it; see `append_record`."""
     record = {
         "schema": SCHEMA_VERSION,
         "kind": kind,
@@ -64,11 +75,7 @@ def append_record(
         "config": dataclasses.asdict(config),
         "result": result,
     }
-    line = json.dumps(record, default=_as_json, allow_nan=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
-        file.write(line + "\n")
-    return json.loads(line)
+    return json.loads(json.dumps(record, default=_as_json, allow_nan=False))
 
 
 def read_records(path: Path, *, kind: str | None = None) -> list[dict[str, Any]]:

@@ -10,14 +10,15 @@ import tyro
 from rich.console import Console
 from tqdm import tqdm
 
+from experiments.common.capacities import share_capacities
 from experiments.common.errors import UserError, check_writable
 from experiments.common.fingerprint import fingerprint
+from experiments.common.methods import Method, dense, parse_whole_cache_methods, usage
 from experiments.common.options import LoadOptions, at_least
 from experiments.common.record import append_record
 from experiments.common.session import load
 from experiments.compare.measure import Subject, figures, read
-from experiments.compare.methods import Method, parse_methods, usage
-from experiments.compare.programs import compile_all, share_capacities
+from experiments.compare.programs import compile_all
 from experiments.compare.prompts import ComparePrompts, Reading, tokenise_all
 from experiments.compare.report import WIDTH, table, write_report
 from experiments.compare.rows import KIND, Point, Row, read_rows, row_of
@@ -61,13 +62,14 @@ class Compare:
         """Raises UserError for values out of range."""
         at_least("positions", self.positions, 2)
         at_least("repeats", self.repeats, 1)
-        if not self.methods:
-            raise UserError("--methods must name at least one method")
 
     def run(self) -> None:
         """Runs the command; raises UserError if an input cannot be used."""
         progress, console = Console(stderr=True), Console()
-        methods = parse_methods(self.methods)
+        named = parse_whole_cache_methods(
+            self.methods, why="compare looks at the prompt's last positions, before decoding"
+        )
+        methods = [dense(), *(method for method in named if method != dense())]
         sources = self.prompt.read()
         check_writable(self.record, folder=False)
         known = read_rows(self.record)

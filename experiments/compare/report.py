@@ -11,8 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import PercentFormatter
 from rich.table import Table
 
+from experiments.common.methods import FROM_FILE
 from experiments.common.plotting import new_figure, save
-from experiments.compare.methods import FROM_FILE
 from experiments.compare.rows import Row, read_all
 from experiments.compare.summary import Group, Line, markdown, summarise
 

@@ -1,7 +1,6 @@
 """The folder of a run: JSON lines that survive a kill, and the settings that all of them share."""
 
 import dataclasses
-import hashlib
 import json
 import os
 import sys
@@ -9,9 +8,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from experiments.common.attention import AttentionOptions
-from experiments.common.errors import UserError
-from experiments.common.record import append_record, environment, remove_cut_line
+from experiments.common.errors import UserError, check_writable
+from experiments.common.methods import Method
+from experiments.common.record import environment, make_record, remove_cut_line
 
 _SETTINGS = "settings.json"
 
@@ -36,10 +35,10 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def append_line(path: Path, value: dict[str, Any]) -> None:
-    """Appends one object; a kill leaves it whole, missing, or without the end of its line."""
+def append_lines(path: Path, values: Iterable[dict[str, Any]]) -> None:
+    """Appends objects; a kill leaves the first of them, the last one perhaps without its end."""
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(value, allow_nan=False) + "\n")
+        file.write("".join(json.dumps(value, allow_nan=False) + "\n" for value in values))
 
 
 def replace_lines(path: Path, values: Iterable[dict[str, Any]]) -> None:
@@ -62,7 +61,7 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
     path = folder / _SETTINGS
     known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     settings = json.loads(json.dumps(settings, default=str))
-    begun = any(folder.glob("*.jsonl"))
+    begun = any(any(folder.glob(lines)) for lines in ("*.jsonl", "*/*.jsonl"))
     for name, value in settings.items():
         if begun and known.get(name, value) != value:
             raise UserError(
@@ -72,29 +71,37 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
     replace_lines(path, [known | settings])
 
 
+def claim_methods(folder: Path, methods: Iterable[Method]) -> dict[str, Path]:
+    """Makes a folder for each method in that of a run, and returns them by label.
+
+    Raises:
+        UserError: one cannot be written, or holds what a method of the same name with another file
+            made.
+    """
+    folders = {method.label: folder / method.slug for method in methods}
+    for method in methods:
+        check_writable(folders[method.label], folder=True)
+        about = {"method": method.label, "patterns_sha256": method.sha256}
+        claim(folders[method.label], about)
+    return folders
+
+
 def settings_of(config: Any, *, free: tuple[str, ...]) -> dict[str, Any]:
     """The settings of a run that are known before its model is loaded.
 
     Args:
-        config: a command's options, with its attention among them as `attention`.
+        config: a command's options.
         free: names of options that may change when a run goes on.
 
     Returns:
-        All others by their dotted names, what a pattern file holds, and device and revision.
+        All others by their dotted names, and device and revision.
     """
     flat = _flat(dataclasses.asdict(config), "")
     chosen = {name: value for name, value in flat.items() if name not in free}
     # Where the model lies does not matter; what it holds is known once it is loaded.
     chosen["model.model"] = Path(config.model.model).name
     here = environment([])
-    made = {name: here[name] for name in ("device", "git", "jax")}
-    return chosen | made | {"patterns_sha256": _sha256_of(config.attention)}
-
-
-def _sha256_of(attention: AttentionOptions) -> str | None:
-    if attention.patterns is None or not Path(attention.patterns).is_file():
-        return None  # a shipped one belongs to the revision
-    return hashlib.sha256(Path(attention.patterns).read_bytes()).hexdigest()
+    return chosen | {name: here[name] for name in ("device", "git", "jax")}
 
 
 def _flat(values: dict[str, Any], prefix: str) -> dict[str, Any]:
@@ -106,10 +113,21 @@ def _flat(values: dict[str, Any], prefix: str) -> dict[str, Any]:
     return flat
 
 
-def write_record(folder: Path, *, kind: str, config: Any, result: dict[str, Any]) -> Path:
-    """Writes the one record of a run, over that of an earlier, smaller part of it."""
-    part, path = folder / "record.part", folder / "record.jsonl"
-    part.unlink(missing_ok=True)
-    append_record(part, kind=kind, argv=sys.argv, config=config, result=result)
-    os.replace(part, path)
+def write_record(
+    folder: Path, method: Method, *, kind: str, config: Any, result: dict[str, Any]
+) -> Path:
+    """Writes a method's line of `record.jsonl`, over that of an earlier, smaller part of its run.
+
+    Args:
+        folder: of the run.
+        method: named in the result.
+        kind: name of the command.
+        config: its options.
+        result: the figures.
+    """
+    path = folder / "record.jsonl"
+    about = {"method": method.label, "patterns_sha256": method.sha256}
+    record = make_record(kind=kind, argv=sys.argv, config=config, result=about | result)
+    records = {line["result"]["method"]: line for line in read_lines(path)}
+    replace_lines(path, [*(records | {method.label: record}).values()])
     return path

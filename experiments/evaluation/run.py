@@ -1,33 +1,65 @@
-"""A whole run: the stages in their order, and its record."""
+"""A whole run: the stages in their order, for each method, and its record."""
 
+import functools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from experiments.common.errors import check_writable, reported_as_user_error
+from experiments.common.capacities import share_capacities
+from experiments.common.errors import UserError, check_writable, reported_as_user_error
 from experiments.common.fingerprint import fingerprint
+from experiments.common.methods import Method, parse_methods
 from experiments.common.session import load
-from experiments.evaluation.folder import claim, settings_of, write_record
+from experiments.evaluation.answer import Answerer
+from experiments.evaluation.folder import claim, claim_methods, settings_of, write_record
 from experiments.evaluation.options import Evaluation
-from experiments.evaluation.stages import Draft, Metric, Score, limited, predict, prepare, score
+from experiments.evaluation.predict import Prediction, predict, read_predictions, tokenise
+from experiments.evaluation.sample import Sample
+from experiments.evaluation.stages import Draft, Metric, Score, limited, prepare, score
 from models import Model
 from models.common.checks import check_context
 
 # Options that may change when a run goes on: what is there stays as it is.
-_FREE = ("output", "limit")
+_FREE = ("output", "limit", "methods", "batch_size")
 
 
 class Mean(NamedTuple):
-    """Mean over the samples of a task and a length."""
+    """Mean over the samples of a task and a length.
+
+    Attributes:
+        task: the task.
+        length: tokens that the prompts were made for.
+        samples: how many there are.
+        score: how right answers are, 0 to 1.
+        density: share of the causal pairs visited.
+        prefill_seconds: to the first token of a prompt, compilation apart.
+        decode_seconds: from there to the end of an answer, compilation apart.
+        cache_bytes: of the keys and values of a prompt and its answer.
+    """
 
     task: str
     length: int
     samples: int
     score: float
     density: float
+    prefill_seconds: float
+    decode_seconds: float
+    cache_bytes: float
+
+
+_AVERAGED = Mean._fields[3:]
+
+# Costs as they are shown.
+_COSTS: dict[str, Callable[[list[Score]], str]] = {
+    "pairs visited, %": lambda group: f"{100 * _average(group, 'density'):.1f}",
+    "prefill, s": lambda group: f"{_average(group, 'prefill_seconds'):.3g}",
+    "decoding, s": lambda group: f"{_average(group, 'decode_seconds'):.3g}",
+    "cache, MiB": lambda group: f"{_average(group, 'cache_bytes') / 2**20:,.4g}",
+}
 
 
 def evaluate(
@@ -36,8 +68,10 @@ def evaluate(
     settings: dict[str, Any],
     drafts: Callable[[Model], Sequence[Draft]],
     metric: Metric,
-) -> list[Score]:
-    """Runs the stages and writes the record.
+) -> dict[str, list[Score]]:
+    """Runs the stages with each method, and writes its record.
+
+    The model is loaded and the samples are prepared once.
 
     Args:
         config: the options.
@@ -45,32 +79,61 @@ def evaluate(
         drafts: the samples of a model before they are made.
         metric: how right an answer is.
 
+    Returns:
+        The scores of each method by its label.
+
     Raises:
         UserError: an input cannot be used, or the folder holds another run.
     """
-    folder = config.folder
+    folder, methods = config.folder, parse_methods(config.methods)
+    _check_chunks(methods, config.model.chunk_size)
     check_writable(folder, folder=True)
-    config.attention.check_readable()
     claim(folder, {"kind": config.kind, **settings_of(config, free=_FREE), **settings})
+    folders = claim_methods(folder, methods)
     model = load(config.model, Console(stderr=True))
-    sizes = model.config
-    attention = config.attention.build(num_layers=sizes.num_layers, num_heads=sizes.num_heads)
     claim(folder, {"model_sha256": fingerprint(model)})
+    # A method for another model is told before any work.
+    sizes = model.config.num_layers, model.config.num_heads
+    attentions = share_capacities([method.attention(*sizes) for method in methods])
     wanted = limited(drafts(model), config.limit)
     with reported_as_user_error(ValueError):
-        check_context(max(draft.length for draft in wanted), sizes)
+        check_context(max(draft.length for draft in wanted), model.config)
     samples = prepare(folder, wanted)
-    answers = predict(
-        folder, samples, model, attention, chat=config.chat, chunk_size=config.model.chunk_size
-    )
-    scores = score(folder, samples, answers, metric)
-    result = {
-        "attention": config.attention.describe(),
-        "means": [mean._asdict() for mean in means(scores)],
-        "scores": {one.name: one.score for one in scores},
-    }
-    write_record(folder, kind=config.kind, config=config, result=result)
-    return scores
+    prompts = functools.cache(lambda: tokenise(samples, model, chat=config.chat))
+    answerer = Answerer(model, chunk_size=config.model.chunk_size)
+    found = {}
+    for method, attention in zip(methods, attentions, strict=True):
+        answer = functools.partial(
+            answerer, attention=attention, compression=method.compression(sizes[0])
+        )
+        own = folders[method.label]
+        predictions = _known(own, samples) or predict(
+            own, prompts(), answer, model.tokenizer.decode, batch_size=config.batch_size,
+            name=method.label,
+        )  # fmt: skip
+        found[method.label] = score(own, samples, predictions, metric)
+        result = {
+            "means": [mean._asdict() for mean in means(found[method.label])],
+            "scores": {one.name: one.score for one in found[method.label]},
+        }
+        write_record(folder, method, kind=config.kind, config=config, result=result)
+    return found
+
+
+def _check_chunks(methods: Sequence[Method], chunk_size: int | None) -> None:
+    for method in methods:
+        if chunk_size is not None and method.kept is not None:
+            raise UserError(
+                f"--methods: {method.label} needs the whole prompt at once; leave out --chunk-size "
+                f"or +{method.kept.label}"
+            )
+
+
+def _known(folder: Path, samples: Sequence[Sample]) -> list[Prediction]:
+    """The predictions of a method if none is missing, otherwise none of them."""
+    known = read_predictions(folder)
+    missing = any(sample.name not in known for sample in samples)
+    return [] if missing else [known[sample.name] for sample in samples]
 
 
 def means(scores: Sequence[Score]) -> list[Mean]:
@@ -79,24 +142,31 @@ def means(scores: Sequence[Score]) -> list[Mean]:
     for one in scores:
         groups.setdefault((one.task, one.length), []).append(one)
     return [
-        Mean(
-            *group,
-            samples=len(members),
-            score=float(np.mean([one.score for one in members])),
-            density=float(np.mean([one.density for one in members])),
-        )
-        for group, members in groups.items()
+        Mean(*at, len(group), *(_average(group, name) for name in _AVERAGED))
+        for at, group in groups.items()
     ]
 
 
-def table(scores: Sequence[Score], *, title: str) -> Table:
-    """Returns the means for people."""
-    found = Table("task", title=title)
-    for name in ("tokens", "samples", "score, %", "pairs visited, %"):
-        found.add_column(name, justify="right")
-    for mean in means(scores):
-        task, length, samples, right, density = mean
-        found.add_row(
-            task, f"{length:,}", str(samples), f"{100 * right:.1f}", f"{100 * density:.1f}"
-        )
+def table(scores: dict[str, list[Score]], *, title: str) -> Table:
+    """Returns a column for each method: its scores, then what each length costs per prompt."""
+    found = Table(title=title)
+    found.add_column("score, %", no_wrap=True)
+    for name in ("tokens", "samples"):
+        found.add_column(name, justify="right", no_wrap=True)
+    for label in scores:
+        found.add_column(label, justify="right", overflow="fold")
+    of_methods = [means(of_method) for of_method in scores.values()]
+    for row in zip(*of_methods, strict=True):
+        cells = (f"{100 * mean.score:.1f}" for mean in row)
+        found.add_row(row[0].task, f"{row[0].length:,}", str(row[0].samples), *cells)
+    lengths = dict.fromkeys(mean.length for mean in of_methods[0])
+    for name, cell in _COSTS.items():
+        found.add_section()
+        for length in lengths:
+            groups = [[one for one in each if one.length == length] for each in scores.values()]
+            found.add_row(name, f"{length:,}", str(len(groups[0])), *map(cell, groups))
     return found
+
+
+def _average(scores: Sequence[Score], name: str) -> float:
+    return float(np.mean([getattr(one, name) for one in scores]))

@@ -9,6 +9,7 @@ import numpy as np
 from rich.console import Console
 
 from experiments.common.errors import UserError
+from experiments.common.methods import slug
 from experiments.common.options import OptionalPath, at_least
 from experiments.common.prompts import book_of
 from experiments.evaluation.options import Evaluation
@@ -59,12 +60,16 @@ class Needle(Evaluation):
             ),
             metric=holds_answer,
         )  # fmt: skip
-        console.print(table(scores, title=self.attention.describe()))
-        picture = self._draw(scores, lengths, depths)
-        for path in (picture, self.folder / "record.jsonl"):
+        console.print(table(scores, title=f"needles found by {Path(self.model.model).name}"))
+        pictures = [
+            self._draw(label, of_method, lengths, depths) for label, of_method in scores.items()
+        ]
+        for path in (*pictures, self.folder / "record.jsonl"):
             console.print(f"written: {path}", soft_wrap=True)
 
-    def _draw(self, scores: list[Score], lengths: list[int], depths: list[float]) -> Path:
+    def _draw(
+        self, label: str, scores: list[Score], lengths: list[int], depths: list[float]
+    ) -> Path:
         found = {one.name: one.score for one in scores}
         grid = np.full((len(depths), len(lengths)), np.nan)
         for row, depth in enumerate(depths):
@@ -73,6 +78,6 @@ class Needle(Evaluation):
                 if cell := [found[name] for name in names if name in found]:
                     grid[row, column] = np.mean(cell)
         right = np.mean([one.score for one in scores])
-        title = f"{Path(self.model.model).name}\n{self.attention.describe()}: {right:.1%} found"
-        path = self.folder / "needle.png"
+        title = f"{Path(self.model.model).name}\n{label}: {right:.1%} found"
+        path = self.folder / f"needle-{slug(label)}.png"
         return grid_picture(grid, depths=depths, lengths=lengths, title=title, path=path)

@@ -1,4 +1,4 @@
-"""`minference perplexity`: how well texts of growing length are predicted, beside dense."""
+"""`minference perplexity`: how well methods predict texts of growing length, beside dense."""
 
 import dataclasses
 from pathlib import Path
@@ -8,19 +8,23 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from experiments.common.attention import AttentionOptions
+from experiments.common.capacities import share_capacities
 from experiments.common.errors import UserError, check_writable, reported_as_user_error
 from experiments.common.fingerprint import fingerprint
+from experiments.common.methods import parse_whole_cache_methods, usage
 from experiments.common.options import LoadOptions, OptionalInt, at_least
 from experiments.common.plotting import new_figure, save, short_tokens, wrapped
 from experiments.common.session import load
-from experiments.evaluation.folder import claim, settings_of, write_record
+from experiments.evaluation.folder import claim, claim_methods, settings_of, write_record
+from experiments.evaluation.options import DEFAULTS
 from experiments.perplexity.measure import Mean, means, measure_all
 from experiments.perplexity.texts import encode_texts, files_of
 from models.common.checks import check_context
 
 # Options that may change when a run goes on: rows name their text and length.
-_FREE = ("output", "limit", "seed", "texts", "lengths")
+_FREE = ("output", "limit", "seed", "texts", "lengths", "methods")
+# Columns of text that the table needs.
+_WIDTH = 110
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,7 +32,13 @@ class Perplexity:
     """Measure perplexity of the beginnings of texts by their length, beside dense attention's."""
 
     model: LoadOptions
-    attention: AttentionOptions = dataclasses.field(default_factory=AttentionOptions)
+    methods: Annotated[
+        tuple[str, ...],
+        tyro.conf.arg(
+            metavar="METHOD [METHOD ...]",
+            help=f"Methods that read the texts: {usage()}. More can be added to a run later.",
+        ),
+    ] = DEFAULTS
     texts: Annotated[
         tuple[Path, ...], tyro.conf.arg(metavar="PATH [PATH ...]", help_behavior_hint="")
     ] = ()
@@ -41,8 +51,8 @@ class Perplexity:
     seed: int = 0
     """Seed of the draw."""
     output: Annotated[Path, tyro.conf.arg(metavar="PATH")] = Path("outputs/perplexity")
-    """Folder of the run: rows, a record and a picture. A run that was stopped goes on where it
-    was."""
+    """Folder of the run: rows of each method, a record and a picture. A run that was stopped goes
+    on where it was."""
 
     def __post_init__(self) -> None:
         """Raises UserError for numbers out of range."""
@@ -54,14 +64,17 @@ class Perplexity:
     def run(self) -> None:
         """Runs the command; raises UserError if an input cannot be used."""
         progress, console = Console(stderr=True), Console()
+        methods = parse_whole_cache_methods(
+            self.methods, why="perplexity reads texts and decodes nothing"
+        )
         files = files_of(self.texts)
         check_writable(self.output, folder=True)
-        self.attention.check_readable()
         claim(self.output, {"kind": "perplexity", **settings_of(self, free=_FREE)})
+        folders = claim_methods(self.output, methods)
         model = load(self.model, progress)
         claim(self.output, {"model_sha256": fingerprint(model)})
-        size = {"num_layers": model.config.num_layers, "num_heads": model.config.num_heads}
-        attention = self.attention.build(**size)
+        sizes = model.config.num_layers, model.config.num_heads
+        attentions = share_capacities([method.attention(*sizes) for method in methods])
         longest = max(self.lengths)
         with reported_as_user_error(ValueError):
             check_context(longest, model.config)
@@ -69,52 +82,62 @@ class Perplexity:
             model, files, length=longest, limit=self.limit, seed=self.seed, console=progress
         )
         rows = measure_all(
-            self.output / "rows.jsonl", texts, sorted(set(self.lengths)), model, attention
+            {label: folder / "rows.jsonl" for label, folder in folders.items()},
+            texts,
+            sorted(set(self.lengths)),
+            model,
+            dict(zip(folders, attentions, strict=True)),
         )
-        curve = means(rows)
-        console.print(_table(curve, title=self.attention.describe()))
-        picture = self._draw(curve)
-        result = {
-            "attention": self.attention.describe(),
-            "means": [mean._asdict() for mean in curve],
-            "rows": [dataclasses.asdict(row) for row in rows],
-        }
-        record = write_record(self.output, kind="perplexity", config=self, result=result)
-        for path in (picture, record):
+        curves = {label: means(of_method) for label, of_method in rows.items()}
+        console.width = max(console.width, _WIDTH)  # a figure cut short would be lost
+        console.print(_table(curves, title=f"perplexity of {Path(self.model.model).name}"))
+        picture = self._draw(curves)
+        for method in methods:
+            result = {
+                "means": [mean._asdict() for mean in curves[method.label]],
+                "rows": [dataclasses.asdict(row) for row in rows[method.label]],
+            }
+            write_record(self.output, method, kind="perplexity", config=self, result=result)
+        for path in (picture, self.output / "record.jsonl"):
             console.print(f"written: {path}", soft_wrap=True)
 
-    def _draw(self, curve: list[Mean]) -> Path:
+    def _draw(self, curves: dict[str, list[Mean]]) -> Path:
         figure, [axes] = new_figure(5.6, 3.8)
-        lengths = [mean.length for mean in curve]
-        for name, colour, marker, values in (
-            ("dense", "0.35", "s--", [mean.dense_perplexity for mean in curve]),
-            (self.attention.attention, "C0", "o-", [mean.perplexity for mean in curve]),
-        ):
-            axes.plot(lengths, values, marker, color=colour, label=name, markersize=4)
+        [first, *_] = curves.values()
+        lengths = [mean.length for mean in first]
+        dense = [mean.dense_perplexity for mean in first]
+        axes.plot(lengths, dense, "s--", color="0.35", label="dense", markersize=4)
+        for label, curve in curves.items():
+            if label != "dense":
+                values = [mean.perplexity for mean in curve]
+                axes.plot(lengths, values, "o-", label=label, markersize=4)
         axes.set(xlabel="length (tokens)", ylabel="perplexity")
         axes.set_xticks(lengths, [short_tokens(length) for length in lengths])
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
-        texts = f"{curve[0].texts} text{'s' if curve[0].texts > 1 else ''}"
-        title = f"{Path(self.model.model).name}, {texts}\n{self.attention.describe()}"
+        texts = f"{first[0].texts} text{'s' if first[0].texts > 1 else ''}"
+        title = f"{Path(self.model.model).name}, {texts}"
         axes.set_title(wrapped(title, figure), fontsize=8)
         return save(figure, self.output / "perplexity.png")
 
 
-def _table(curve: list[Mean], *, title: str) -> Table:
-    table = Table(title=f"perplexity: {title}")
-    names = ("tokens", "texts", "dense", "this", "more", "KL", "top-1, %", "visited, %")
-    for name in names:
-        table.add_column(name, justify="right")
-    for mean in curve:
-        table.add_row(
-            f"{mean.length:,}",
-            str(mean.texts),
-            f"{mean.dense_perplexity:.3f}",
-            f"{mean.perplexity:.3f}",
-            f"{mean.perplexity - mean.dense_perplexity:+.3f}",
-            f"{mean.kl:.4f}",
-            f"{100 * mean.top1:.1f}",
-            f"{100 * mean.density:.1f}",
-        )
+def _table(curves: dict[str, list[Mean]], *, title: str) -> Table:
+    """All methods at one length, then at the next."""
+    table = Table(title=title)
+    table.add_column("method", no_wrap=True)
+    for name in ("tokens", "texts", "perplexity", "more", "KL", "top-1, %", "visited, %"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in zip(*curves.values(), strict=True):
+        table.add_section()
+        for label, mean in zip(curves, row, strict=True):
+            table.add_row(
+                label,
+                f"{mean.length:,}",
+                str(mean.texts),
+                f"{mean.perplexity:.3f}",
+                f"{mean.perplexity - mean.dense_perplexity:+.3f}",
+                f"{mean.kl:.4f}",
+                f"{100 * mean.top1:.1f}",
+                f"{100 * mean.density:.1f}",
+            )
     return table

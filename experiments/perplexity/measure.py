@@ -1,9 +1,9 @@
-"""Perplexity of the beginnings of texts, under dense attention and under another."""
+"""Perplexity of the beginnings of texts, under dense attention and under others."""
 
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from tqdm import tqdm
 import minference_jax as mj
 from experiments.common.measure import density_of
 from experiments.common.quality import score_positions
-from experiments.evaluation.folder import append_line, read_lines
+from experiments.evaluation.folder import append_lines, read_lines
 from minference_jax.attention import VisitedPairs
 from models import Model
 from models.common.capture import read_hidden
@@ -70,52 +70,78 @@ class Mean(NamedTuple):
 
 
 def measure_all(
-    path: Path, texts: Sequence[Text], lengths: Sequence[int], model: Model, attention: Any
-) -> list[Row]:
-    """Measures what a file of rows does not hold, and returns the rows of all texts and lengths.
+    paths: dict[str, Path],
+    texts: Sequence[Text],
+    lengths: Sequence[int],
+    model: Model,
+    attentions: dict[str, Any],
+) -> dict[str, list[Row]]:
+    """Measures what files of rows do not hold, and returns the rows of all texts and lengths.
+
+    Dense attention reads each beginning once, whatever the number of methods that miss it.
 
     Args:
-        path: the JSONL file; each row is appended as soon as it is measured.
+        paths: the JSONL file of each method; each row is appended as soon as it is measured.
         texts: each of at least the longest length.
         lengths: tokens read.
         model: the model.
-        attention: the attention beside dense, with a leading [layers] axis on its arrays.
+        attentions: of each method, with a leading [layers] axis on its arrays.
     """
-    known = {(row.sha256, row.length): row for row in (Row(**line) for line in read_lines(path))}
+    known = {label: _read_rows(path) for label, path in paths.items()}
     wanted = {(_sha256(text.tokens[:length]), length): text for length in lengths for text in texts}
-    done = sum(length for _, length in wanted.keys() & known.keys())
-    total = sum(length for _, length in wanted)
+    done = sum(length for rows in known.values() for _, length in wanted.keys() & rows.keys())
+    total = len(paths) * sum(length for _, length in wanted)
     with tqdm(total=total, initial=done, unit="token", unit_scale=True, disable=None) as bar:
         for (sha256, length), text in wanted.items():
-            if (sha256, length) not in known:
-                bar.set_description(f"{text.name}, {length:,} tokens")
-                figures = measure(model, attention, text.tokens[:length])
+            missing = {
+                label: attentions[label]
+                for label, rows in known.items()
+                if (sha256, length) not in rows
+            }
+            bar.set_description(f"{text.name}, {length:,} tokens")
+            for label, figures in measure(model, missing, text.tokens[:length]):
                 row = Row(text=text.name, sha256=sha256, length=length, **figures)
-                append_line(path, dataclasses.asdict(row))
-                known[sha256, length] = row
+                append_lines(paths[label], [dataclasses.asdict(row)])
+                known[label][sha256, length] = row
                 bar.update(length)
-    return [known[point] for point in wanted]
+    return {label: [rows[point] for point in wanted] for label, rows in known.items()}
 
 
-def measure(model: Model, attention: Any, tokens: Int[np.ndarray, " s"]) -> dict[str, float]:
-    """Figures of a `Row`; distributions are float32 and few at a time, sums are float64."""
+def _read_rows(path: Path) -> dict[tuple[str, int], Row]:
+    rows = (Row(**line) for line in read_lines(path))
+    return {(row.sha256, row.length): row for row in rows}
+
+
+def measure(
+    model: Model, attentions: dict[str, Any], tokens: Int[np.ndarray, " s"]
+) -> Iterator[tuple[str, dict[str, float]]]:
+    """Figures of a `Row` for each method; dense attention reads first, if there is any.
+
+    Distributions are float32 and few at a time, sums are float64.
+    """
+    if not attentions:
+        return
     ids = jnp.asarray(tokens)
-    dense_hidden, dense_pairs = _read(model.params, ids, mj.DenseAttention(), config=model.config)
-    hidden, pairs = dense_hidden, dense_pairs
-    if not isinstance(attention, mj.DenseAttention):
-        hidden, pairs = _read(model.params, ids, attention, config=model.config)
-    # The last row's next token is not in the text.
-    scored = score_positions(
-        model.params, hidden[:-1], dense_hidden[:-1], ids[1:], config=model.config
-    )
-    kl, agrees, surprise, dense_surprise = (np.mean(np.asarray(x, np.float64)) for x in scored)
-    return {
-        "dense_nll": float(dense_surprise),
-        "nll": float(surprise),
-        "kl": float(kl),
-        "top1": float(agrees),
-        "density": density_of(pairs),
-    }
+    read = functools.partial(_read, model.params, ids, config=model.config)
+    dense = read(mj.DenseAttention())
+    dense_hidden, _ = dense
+    for label, attention in attentions.items():
+        hidden, pairs = dense if isinstance(attention, mj.DenseAttention) else read(attention)
+        # The last row's next token is not in the text.
+        scored = score_positions(
+            model.params, hidden[:-1], dense_hidden[:-1], ids[1:], config=model.config
+        )
+        kl, agrees, surprise, dense_surprise = (np.mean(np.asarray(x, np.float64)) for x in scored)
+        yield (
+            label,
+            {
+                "dense_nll": float(dense_surprise),
+                "nll": float(surprise),
+                "kl": float(kl),
+                "top1": float(agrees),
+                "density": density_of(pairs),
+            },
+        )
 
 
 @functools.partial(jax.jit, static_argnames="config")

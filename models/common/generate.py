@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from minference_jax.kv_cache import KVCompression
 from minference_jax.types import AttentionFn
-from models.common.cache import kept_tokens
+from models.common.cache import KVCache, room_for
 from models.common.checks import (
     check_attention,
     check_compression,
@@ -175,10 +175,6 @@ def _generate(
     chunk_size,
     observe,
 ):
-    batch, length = tokens.shape
-    kept = kept_tokens(compression, length)
-    # A multiple of the chunk size spares the prefill a copy of the cache.
-    chunk = 1 if chunk_size is None or chunk_size >= length else chunk_size
     logits, cache, observed = run_prefill(
         params,
         tokens,
@@ -186,11 +182,66 @@ def _generate(
         lengths + max_new_tokens,
         config=config,
         attention_fn=attention_fn,
-        capacity=max(kept + max_new_tokens, -(-kept // chunk) * chunk),
+        capacity=room_for(compression, tokens.shape[1], max_new_tokens, chunk_size),
         chunk_size=chunk_size,
         observe=observe,
         compression=compression,
     )
+    found, _ = _decode(
+        params, logits, cache, max_new_tokens, key, numbers, greedy=greedy, filtered=filtered,
+        config=config, max_new_tokens=max_new_tokens, stop_tokens=stop_tokens,
+    )  # fmt: skip
+    return found._replace(observed=observed)
+
+
+def decode_greedily(
+    params: Params,
+    logits: Float[Array, "batch vocab"],
+    cache: KVCache,
+    limit: Int[Array, ""] | int,
+    *,
+    config: DecoderConfig,
+    max_new_tokens: int,
+    stop_tokens: tuple[int, ...] = (),
+) -> tuple[GeneratedTokens, KVCache]:
+    """Goes on from a prefill as `generate` does, until every row has stopped.
+
+    Args:
+        params: the tree described in `models.common.decoder`.
+        logits: of the next token of each row.
+        cache: of the prompts, with room for all new tokens but the last.
+        limit: tokens to generate at most, up to `max_new_tokens`; other limits run the same
+            program.
+        config: the model's hyper-parameters.
+        max_new_tokens: room in what is returned.
+        stop_tokens: a row ends before any of these.
+
+    Returns:
+        The new tokens, and the cache; rows that stopped early hold keys of no meaning at its end.
+    """
+    numbers = _filter(Sampling(), config.vocab_size)
+    return _decode(
+        params, logits, cache, limit, jax.random.key(0), numbers, greedy=True, filtered=False,
+        config=config, max_new_tokens=max_new_tokens, stop_tokens=stop_tokens,
+    )  # fmt: skip
+
+
+def _decode(
+    params,
+    logits,
+    cache,
+    limit,
+    key,
+    numbers,
+    *,
+    greedy,
+    filtered,
+    config,
+    max_new_tokens,
+    stop_tokens,
+):
+    """The loop over new tokens; it ends with the last row's."""
+    batch = logits.shape[0]
     stops = jnp.asarray(stop_tokens, jnp.int32)
 
     def record(logits, step, finished, out, counts):
@@ -202,7 +253,7 @@ def _generate(
 
     def unfinished(state):
         step, _, finished, *_ = state
-        return (step < max_new_tokens) & ~jnp.all(finished)
+        return (step < limit) & ~jnp.all(finished)
 
     def next_token(state):
         step, token, finished, out, counts, cache = state
@@ -216,8 +267,8 @@ def _generate(
         jnp.zeros((batch, max_new_tokens), jnp.int32),
         jnp.zeros(batch, jnp.int32),
     )
-    _, _, _, out, counts, _ = jax.lax.while_loop(unfinished, next_token, (1, *first, cache))
-    return GeneratedTokens(out, counts, observed)
+    *_, out, counts, cache = jax.lax.while_loop(unfinished, next_token, (1, *first, cache))
+    return GeneratedTokens(out, counts), cache
 
 
 def _choose(

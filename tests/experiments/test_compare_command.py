@@ -135,7 +135,7 @@ def told(capsys, *argv):
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["--methods", "spiral:3"], "'spiral:3' is no method; known: dense, a_shape:SINK_SIZE"),
+        (["--methods", "spiral:3"], "'spiral:3' is no method; known: dense, minference, a_shape"),
         (["--methods", "a_shape:3"], "expected a_shape:SINK_SIZE,WINDOW_SIZE, got 1 numbers"),
         (["--methods", "dense:1"], "expected dense, got 1 numbers"),
         (["--methods", "hybrid:0.1,many"], "num_columns must be a whole number, got 'many'"),

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from experiments.common.capacities import share_capacities
+from experiments.common.methods import parse_method
 from experiments.compare import measure, programs
 from experiments.compare.measure import Subject
-from experiments.compare.methods import parse_method
 from experiments.compare.prompts import Reading
 from models import load_model
 from models.common.decoder import forward
@@ -194,7 +195,7 @@ def test_programs_are_compiled_once_for_a_structure_before_all_measuring(unpadde
 def test_methods_share_structures():
     few = ("a_shape:8,64", "vertical_slash:60,100", "block_sparse:2", "block_sparse:40")
     few += ("hybrid:0.9,20", "hybrid:0.5,50", "threshold:0.5", "dense")
-    shared = programs.share_capacities([attention_of(spec) for spec in few])
+    shared = share_capacities([attention_of(spec) for spec in few])
     structures = [str(jax.tree.structure(attention)) for attention in shared]
     assert [structures.index(one) for one in structures] == [0, 0, 2, 2, 4, 4, 6, 7]
 
@@ -203,7 +204,7 @@ def test_methods_share_structures():
                                              ("hybrid:1,20", "hybrid:1,99")])  # fmt: skip
 def test_shared_capacities_change_nothing(spec, wider):
     own = dataclasses.replace(attention_of(spec), dense_above=None)
-    shared, _ = programs.share_capacities([own, attention_of(wider)])
+    shared, _ = share_capacities([own, attention_of(wider)])
     assert str(jax.tree.structure(own)) != str(jax.tree.structure(shared))
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.standard_normal((1, 1500, n, 8)), jnp.float32) for n in (4, 2, 2))

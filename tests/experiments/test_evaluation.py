@@ -1,29 +1,31 @@
 """Evaluation runs: what a kill leaves, what a run refuses, what its stages make of samples."""
 
 import dataclasses
+import io
+import itertools
 import json
 import shutil
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 
 from experiments.common.errors import UserError
-from experiments.evaluation.folder import append_line, claim, read_lines
-from experiments.evaluation.run import means
+from experiments.common.methods import parse_method
+from experiments.common.options import ModelOptions
+from experiments.common.record import read_records
+from experiments.evaluation import answer, folder, predict, run, stages
+from experiments.evaluation.answer import Answerer
+from experiments.evaluation.folder import append_lines, claim, read_lines
+from experiments.evaluation.options import Evaluation
+from experiments.evaluation.run import means, table
 from experiments.evaluation.sample import Sample
-from experiments.evaluation.stages import (
-    Draft,
-    Score,
-    limited,
-    predict,
-    prepare,
-    score,
-)
+from experiments.evaluation.stages import Draft, Score, limited, prepare, score
 from minference_jax import DenseAttention
 from models import load_model
 from models.common.decoder import forward
-from models.common.generate import _generate
 
 DENSE = DenseAttention()
 LENGTHS = (40, 90)
@@ -40,41 +42,61 @@ def question(length, number):
         prompt=" ".join(f"t{word}" for word in words),
         lead=" t7 t8",
         answers=(f"t{number}",),
-        max_new_tokens=2,
+        max_new_tokens=3 if number == 0 else 2,
     )
 
 
-def drafts():
+def drafts(lengths=LENGTHS):
     return [
         Draft(f"{length} {number}", "words", length, lambda a=length, b=number: question(a, b))
-        for length in LENGTHS
-        for number in range(3)
+        for length in lengths
+        for number in range(4)
     ]
 
 
 @pytest.fixture(scope="module")
 def model(tiny_model):
-    return load_model(tiny_model, dtype=jnp.float32)
+    scaling = {"rope_type": "linear", "factor": 8.0}
+    return load_model(tiny_model, dtype=jnp.float32, rope_scaling=scaling)
 
 
 def length_of(sample, answer):
     return len(answer) / (len(answer) + sample.length)
 
 
-def run(folder, model, *, limit=None):
+@pytest.fixture(scope="module")
+def answerer(model):
+    return Answerer(model, chunk_size=None)
+
+
+@pytest.fixture(autouse=True)
+def no_time_passes(monkeypatch):
+    """So that files of one run are those of another."""
+    monkeypatch.setattr(answer, "time", SimpleNamespace(perf_counter=lambda: 0.0))
+
+
+def run_stages(folder, answerer, *, lengths=LENGTHS, limit=None, spec="dense", batch_size=1):
     folder.mkdir(exist_ok=True)
-    samples = prepare(folder, limited(drafts(), limit))
-    answers = predict(folder, samples, model, DENSE, chat=True, chunk_size=None)
-    return samples, answers, score(folder, samples, answers, length_of)
+    samples = prepare(folder, limited(drafts(lengths), limit))
+    model, method = answerer.model, parse_method(spec)
+    attention, compression = method.attention(2, 4), method.compression(2)
+    predictions = predict.predict(
+        folder, predict.tokenise(samples, model, chat=True),
+        lambda batch: answerer(batch, attention, compression), model.tokenizer.decode,
+        batch_size=batch_size, name=spec,
+    )  # fmt: skip
+    return samples, predictions, score(folder, samples, predictions, length_of)
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, model):
+def whole(tmp_path_factory, answerer):
     """The folder of a run that nothing stopped, and what it returned."""
     folder = tmp_path_factory.mktemp("run")
-    _generate.clear_cache()
-    made = run(folder, model)
-    assert _generate._cache_size() == len(LENGTHS)  # prompts of a length share a program
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(answer, "time", SimpleNamespace(perf_counter=lambda: 0.0))
+        made = run_stages(folder, answerer)
+    # Prompts of a length share their programs: reading, counting and decoding.
+    assert len(answerer.programs) == 3 * len(LENGTHS)
     return folder, made
 
 
@@ -87,50 +109,100 @@ def whole(tmp_path_factory, model):
         pytest.param({"samples": 0.999, "predictions": 0.999, "scores": 0.5}, id="only-ends-lost"),
     ],
 )
-def test_a_killed_run_ends_with_the_files_of_an_unbroken_one(whole, model, tmp_path, kept):
+def test_a_killed_run_ends_with_the_files_of_an_unbroken_one(whole, answerer, tmp_path, kept):
     unbroken, _ = whole
     for stage, share in kept.items():
         content = (unbroken / f"{stage}.jsonl").read_bytes()
         (tmp_path / f"{stage}.jsonl").write_bytes(content[: int(share * len(content))])
-    run(tmp_path, model)
+    run_stages(tmp_path, answerer)
     for stage in STAGES:
         name = f"{stage}.jsonl"
         assert (tmp_path / name).read_bytes() == (unbroken / name).read_bytes()
 
 
-def test_what_is_there_is_not_made_again(whole, model, tmp_path):
+@pytest.mark.parametrize(
+    ("spec", "lengths"), [("dense", LENGTHS), ("a_shape:2,8+streaming:4,60", (300,))]
+)
+def test_answers_do_not_depend_on_the_batch(answerer, tmp_path, spec, lengths):
+    before = len(answerer.programs)
+    _, alone, _ = run_stages(tmp_path / "alone", answerer, spec=spec, lengths=lengths)
+    assert (max(one.density for one in alone) < 0.9) == (spec != "dense")
+    between = len(answerer.programs)
+    _, together, _ = run_stages(
+        tmp_path / "together", answerer, spec=spec, lengths=lengths, batch_size=2
+    )
+    assert [one.batch for one in together] == [1, 2, 2, 2] * len(lengths)
+    assert [dataclasses.replace(one, batch=1) for one in together] == alone
+    # A batch with a prompt too few, and one with longer answers, bring no programs of their own.
+    assert between - before == (0 if spec == "dense" else 3)
+    assert len(answerer.programs) - between == 3 * len(lengths)
+
+
+@pytest.mark.parametrize("chunk_size", [None, 128])
+def test_visited_pairs_of_long_prompts_are_counted_while_they_are_read(
+    answerer, model, tmp_path, monkeypatch, chunk_size
+):
+    """Prompts in chunks, and an index too large to keep."""
+    spec = "a_shape:2,8+streaming:4,60" if chunk_size is None else "dense"
+    how = {"spec": spec, "lengths": (300,), "limit": 1}
+    _, [want], _ = run_stages(tmp_path / "kept", answerer, **how)
+    monkeypatch.setattr(answer, "_INDEX_BYTES", 0)
+    counting = Answerer(model, chunk_size=chunk_size)
+    _, [found], _ = run_stages(tmp_path / "counted", counting, **how)
+    assert len(counting.programs) == 2  # reading and decoding
+    assert dataclasses.replace(found, cache_bytes=want.cache_bytes) == want
+
+
+def test_what_is_kept_of_a_prompt_takes_less_memory(answerer, tmp_path):
+    _, [*_, kept], _ = run_stages(tmp_path, answerer, spec="dense+streaming:4,36", limit=1)
+    bytes_of = lambda tokens: 2 * 2 * tokens * 2 * 16 * 4  # keys, values; layers; heads; float32
+    assert kept.cache_bytes == bytes_of(40 + 3)
+
+
+def test_times_are_those_of_a_batch_over_its_prompts(answerer, tmp_path, monkeypatch):
+    run_stages(tmp_path / "compiled", answerer, batch_size=2)
+    ticks = itertools.accumulate(itertools.cycle([10, 6, 100, 9]))
+    clock = lambda: float(next(ticks))
+    monkeypatch.setattr(answer, "time", SimpleNamespace(perf_counter=clock))
+    _, predictions, _ = run_stages(tmp_path / "timed", answerer, batch_size=2)
+    times = {one.batch: (one.prefill_seconds, one.decode_seconds) for one in predictions}
+    assert times == {2: (3, 4.5), 1: (6, 9)}
+
+
+def test_what_is_there_is_not_made_again(whole, answerer, tmp_path):
     unbroken, (samples, answers, _) = whole
     shutil.copytree(unbroken, tmp_path, dirs_exist_ok=True)
-    path = tmp_path / "predictions.jsonl"
-    path.write_text(path.read_text().replace(answers[1].answer, "kept"))
+    lines = read_lines(tmp_path / "predictions.jsonl")
+    folder.replace_lines(tmp_path / "predictions.jsonl", [lines[0], lines[1] | {"answer": "kept"}])
     assert prepare(tmp_path, [d._replace(make=None) for d in drafts()]) == samples
-    assert run(tmp_path, model)[1][1] == dataclasses.replace(answers[1], answer="kept")
+    kept = dataclasses.replace(answers[1], answer="kept")
+    assert run_stages(tmp_path, answerer)[1] == [answers[0], kept, *answers[2:]]
 
 
 def test_answers_are_greedy_continuations_of_prompt_and_lead(whole, model):
     samples, answers, _ = whole[1]
-    for sample, answer in zip(samples, answers, strict=True):
+    for sample, found in zip(samples, answers, strict=True):
         ids = model.tokenizer.encode(f"{sample.prompt} t7 t8")
-        assert answer.prompt_tokens == len(ids)
-        tokens = np.zeros((1, 100), np.int32)
-        for end in range(len(ids), len(ids) + 3):
+        assert found.prompt_tokens == len(ids)
+        tokens, new = np.zeros((1, 100), np.int32), sample.max_new_tokens
+        for end in range(len(ids), len(ids) + new):
             tokens[0, :end] = ids
             logits = forward(
                 model.params, jnp.asarray(tokens), config=model.config, attention_fn=DENSE,
                 lengths=jnp.array([end]),
             )  # fmt: skip
             ids = [*ids, int(np.argmax(logits[0, end - 1]))]
-        new = [token for token in ids[-3:-1] if token not in model.tokenizer.stop_tokens]
-        assert answer.answer == model.tokenizer.decode(new)
-        assert answer.new_tokens == 2 == len(new)
+        assert not set(ids[-new:]) & set(model.tokenizer.stop_tokens)
+        assert found.answer == model.tokenizer.decode(ids[-new:])
+        assert found.new_tokens == new
 
 
-def test_a_limit_counts_samples_of_each_length_and_can_be_raised(whole, model, tmp_path):
+def test_a_limit_counts_samples_of_each_length_and_can_be_raised(whole, answerer, tmp_path):
     unbroken, (_, answers, _) = whole
-    samples, some, _ = run(tmp_path, model, limit=1)
+    samples, some, _ = run_stages(tmp_path, answerer, limit=1)
     assert [sample.name for sample in samples] == ["40 0", "90 0"]
-    assert some == [answers[0], answers[3]]
-    assert run(tmp_path, model)[1] == answers
+    assert some == [answers[0], answers[4]]
+    assert run_stages(tmp_path, answerer)[1] == answers
     assert (tmp_path / "scores.jsonl").read_bytes() == (unbroken / "scores.jsonl").read_bytes()
 
 
@@ -139,29 +211,165 @@ def test_names_must_differ():
         limited([*drafts(), drafts()[0]], None)
 
 
-def test_means_are_over_task_and_length(whole):
+def test_means_are_over_task_and_length():
     of = lambda task, length, value: Score(
-        name="", task=task, length=length, score=value, density=value / 2
-    )
+        name="", task=task, length=length, score=value, density=value / 2,
+        prefill_seconds=2 * value, decode_seconds=value + 1, cache_bytes=length,
+    )  # fmt: skip
     found = means([of("a", 4, 1.0), of("a", 8, 0.5), of("b", 4, 0.25), of("a", 4, 0.0)])
     assert [tuple(mean) for mean in found] == [
-        ("a", 4, 2, 0.5, 0.25),
-        ("a", 8, 1, 0.5, 0.25),
-        ("b", 4, 1, 0.25, 0.125),
+        ("a", 4, 2, 0.5, 0.25, 1.0, 1.5, 4.0),
+        ("a", 8, 1, 0.5, 0.25, 1.0, 1.5, 8.0),
+        ("b", 4, 1, 0.25, 0.125, 0.5, 1.25, 4.0),
     ]
 
 
-def test_a_prompt_beyond_the_context_is_told_before_any_is_read(model, tmp_path):
-    samples = [question(40, 0), question(5000, 0)]
-    with pytest.raises(UserError, match="4998 tokens and up to 2"):
-        predict(tmp_path, samples, model, DENSE, chat=True, chunk_size=None)
+def test_the_table_has_a_column_for_each_method():
+    score = Score(
+        name="", task="a", length=4000, score=0.25, density=0.5, prefill_seconds=1.234,
+        decode_seconds=0.5, cache_bytes=3 << 20,
+    )  # fmt: skip
+    other = dataclasses.replace(score, score=1.0, density=0.125)
+    label = "minference+snapkv:1024"
+    console = Console(width=60, file=io.StringIO())
+    found = table({"dense": [score], label: [other]}, title="")
+    console.print(found)
+    lines = console.file.getvalue().splitlines()
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines]
+    assert ["a", "4,000", "1", "25.0", "100.0"] in cells
+    assert ["pairs visited, %", "4,000", "1", "50.0", "12.5"] in cells
+    assert ["prefill, s", "4,000", "1", "1.23", "1.23"] in cells
+    assert ["cache, MiB", "4,000", "1", "3", "3"] in cells
+    heads = [[cell.strip() for cell in line.split("┃")[1:-1]] for line in lines]
+    assert "".join(head[4] for head in heads if head) == label
+
+
+def test_a_prompt_beyond_the_context_is_told(model):
+    with pytest.raises(UserError, match="4998 tokens and up to 3"):
+        predict.tokenise([question(40, 0), question(5000, 0)], model, chat=True)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Words(Evaluation):
+    """A command with the samples of this file."""
+
+
+METHODS = ("dense", "dense+streaming:4,36")
+
+
+@pytest.fixture
+def loaded(answerer, monkeypatch):
+    """Runs share a model and its programs."""
+    monkeypatch.setattr(run, "load", lambda *_: answerer.model)
+    monkeypatch.setattr(run, "Answerer", lambda *_, **__: answerer)
+
+
+def evaluate(output, make=drafts, **options):
+    defaults = {"model": ModelOptions(model="tiny"), "methods": METHODS}
+    config = Words(output=output, **{**defaults, **options})
+    return run.evaluate(
+        config, settings={"words": 1}, drafts=lambda _: make(), metric=length_of
+    )  # fmt: skip
+
+
+def contents(output):
+    """All files of a run, without what names the moment and the folder."""
+    found = {}
+    for path in output.rglob("*.*"):
+        found[str(path.relative_to(output))] = path.read_bytes()
+    for record in read_records(output / "record.jsonl"):
+        found[record["result"]["method"]] = record["result"]
+    return {name: value for name, value in found.items() if name != "record.jsonl"}
+
+
+@pytest.mark.usefixtures("loaded")
+def test_a_run_killed_anywhere_goes_on_without_loss(tmp_path, monkeypatch):
+    evaluate(tmp_path / "whole", batch_size=2)
+    wanted = contents(tmp_path / "whole")
+
+    def dying(path, values, writes, left):
+        values = list(values)
+        append_lines(path, values)
+        if next(writes) == 0:
+            size = sum(len(json.dumps(value)) + 1 for value in values)
+            path.write_bytes(path.read_bytes()[: -min(left, size)] if left else path.read_bytes())
+            raise KeyboardInterrupt
+
+    # Writes are 8 of samples and 6 of each method's batches; the last one is cut.
+    for at, left in ((0, 0), (7, 1), (8, 500), (10, 150), (13, 0), (15, 1), (19, 500)):
+        writes, output = itertools.count(-at), tmp_path / str(at)
+        with monkeypatch.context() as patch:
+            for module in (stages, predict):
+                patch.setattr(module, "append_lines", lambda *x, w=writes, n=left: dying(*x, w, n))
+            with pytest.raises(KeyboardInterrupt):
+                evaluate(output, batch_size=2)
+        evaluate(output, batch_size=2)
+        assert contents(output) == wanted
+
+
+@pytest.mark.usefixtures("loaded")
+def test_a_method_can_be_added_to_a_run(tmp_path):
+    for output, together in (("a", [METHODS]), ("b", [[method] for method in METHODS])):
+        for methods in together:
+            scores = evaluate(tmp_path / output, methods=methods)
+            assert list(scores) == list(methods)
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    records = read_records(tmp_path / "a" / "record.jsonl", kind="words")
+    assert [record["result"]["method"] for record in records] == list(METHODS)
+    dense, kept = (record["result"] for record in records)
+    assert set(dense) == {"method", "patterns_sha256", "means", "scores"}
+    assert dense["scores"] == {one.name: one.score for one in evaluate(tmp_path / "a")["dense"]}
+    assert [mean["samples"] for mean in dense["means"]] == [4, 4]
+    assert dense["means"][1]["cache_bytes"] > kept["means"][1]["cache_bytes"]
+    # Once all is there, no sample is made and no prompt is read.
+    again = evaluate(tmp_path / "a", make=lambda: [d._replace(make=None) for d in drafts()])
+    assert list(again) == list(METHODS)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"methods": ("spiral",)}, "'spiral' is no method"),
+        ({"methods": ()}, "at least one method"),
+        ({"methods": ("patterns:none.json",)}, "no pattern file at none.json"),
+        ({"methods": ("threshold:0.1", "threshold:.10")}, "threshold:0.1 twice"),
+        ({"batch_size": 0}, "--batch-size must be at least 1, got 0"),
+        (
+            {"model": ModelOptions(model="tiny", chunk_size=8)},
+            r"needs the whole prompt at once; leave out --chunk-size or \+streaming:4,36",
+        ),
+    ],
+)
+def test_what_cannot_work_is_told_before_a_model_is_loaded(tmp_path, monkeypatch, options, words):
+    monkeypatch.setattr(run, "load", None)
+    with pytest.raises(UserError, match=words):
+        evaluate(tmp_path / "run", **options)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_is_told(tmp_path):
+    (tmp_path / "dense").write_text("")
+    with pytest.raises(UserError, match=r"cannot write to .*dense"):
+        evaluate(tmp_path)
+
+
+def test_a_method_from_a_changed_file_is_another(tmp_path):
+    path = tmp_path / "heads.json"
+    made = []
+    for spec in ("a_shape:2,8", "a_shape:2,9"):
+        parse_method(spec).attention(2, 4).patterns.save(path)
+        made.append(parse_method(f"patterns:{path}"))
+    folders = folder.claim_methods(tmp_path, made[:1])
+    assert folders == {"patterns:heads.json": tmp_path / "patterns-heads.json"}
+    append_lines(tmp_path / "patterns-heads.json" / "predictions.jsonl", [{}])
+    folder.claim_methods(tmp_path, made[:1])
+    with pytest.raises(UserError, match="made with patterns_sha256"):
+        folder.claim_methods(tmp_path, made[1:])
 
 
 def test_only_a_line_without_its_end_is_removed(tmp_path):
     path = tmp_path / "lines.jsonl"
-    append_line(path, {"a": "é\u2028"})
-    append_line(path, {"a": 2})
+    append_lines(path, [{"a": "é\u2028"}, {"a": 2}])
     whole = path.read_bytes()
     path.write_bytes(whole + b'{"a": 3}')
     assert read_lines(path) == [{"a": "é\u2028"}, {"a": 2}]
@@ -174,7 +382,7 @@ def test_only_a_line_without_its_end_is_removed(tmp_path):
 def test_a_folder_with_lines_belongs_to_one_setting(tmp_path):
     claim(tmp_path, {"seed": 1, "lengths": (1, 2)})
     claim(tmp_path, {"seed": 0, "lengths": (1, 2)})
-    append_line(tmp_path / "samples.jsonl", {})
+    append_lines(tmp_path / "samples.jsonl", [{}])
     claim(tmp_path, {"seed": 0, "lengths": (1, 2), "model": "m"})
     with pytest.raises(UserError, match="made with model = m, this one has n"):
         claim(tmp_path, {"seed": 0, "model": "n"})

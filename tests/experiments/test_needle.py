@@ -65,10 +65,10 @@ def test_grid_is_read_scored_and_drawn(tiny_model, tmp_path, capsys):
     book.write_text(BOOK)
     argv = ["needle", "--model", tiny_model, "--rope-scaling", "linear:8", "--text", str(book)]
     grid = ["--lengths", str(LENGTH), "--depths", "3", "--output", str(folder)]
-    grid += ["--attention", "dense"]
+    grid += ["--methods", "dense", "dense+streaming:4,60", "--batch-size", "3"]
     assert main([*argv, *grid]) == 0
     samples, predictions = (
-        read_lines(folder / f"{name}.jsonl") for name in ("samples", "predictions")
+        read_lines(folder / f"{name}.jsonl") for name in ("samples", "dense/predictions")
     )
     assert [sample["name"] for sample in samples] == [
         f"{LENGTH} tokens, {depth} %, 0" for depth in (0, 50, 100)
@@ -79,17 +79,19 @@ def test_grid_is_read_scored_and_drawn(tiny_model, tmp_path, capsys):
     # Answers of another run, one of them right: what is there is scored as it is.
     right = samples[1]["answers"][0]
     replace_lines(
-        folder / "predictions.jsonl",
+        folder / "dense" / "predictions.jsonl",
         [line | {"answer": f"It is {right}."} for line in predictions],
     )
     assert main([*argv, *grid]) == 0
-    assert [line["score"] for line in read_lines(folder / "scores.jsonl")] == [0, 1, 0]
-    [record] = read_records(folder / "record.jsonl", kind="needle")
+    assert [line["score"] for line in read_lines(folder / "dense" / "scores.jsonl")] == [0, 1, 0]
+    record, kept = read_records(folder / "record.jsonl", kind="needle")
     [mean] = record["result"]["means"]
+    assert kept["result"]["method"] == "dense+streaming:4,60"
     assert (mean["samples"], mean["score"]) == (3, pytest.approx(1 / 3))
     assert record["config"]["depths"] == 3
     assert "33.3" in capsys.readouterr().out
-    assert_drawn(imread(folder / "needle.png")[..., :3], [False, True, False])
+    assert_drawn(imread(folder / "needle-dense.png")[..., :3], [False, True, False])
+    assert (folder / "needle-dense+streaming-4,60.png").exists()
     assert main([*argv, *grid, "--seed", "1"]) == 2
     assert "made with seed = 0, this one has 1" in capsys.readouterr().err
 
@@ -116,7 +118,9 @@ def assert_drawn(pixels, found):
         pytest.param(["--lengths", "100", "100"], "different lengths", id="twice"),
         pytest.param(["--depths", "0"], "at least 1, got 0", id="depths"),
         pytest.param(["--limit", "0"], "at least 1, got 0", id="limit"),
-        pytest.param(["--patterns", "none.json"], "no pattern file at none.json", id="patterns"),
+        pytest.param(
+            ["--methods", "patterns:none.json"], "no pattern file at none.json", id="patterns"
+        ),
     ],
 )
 def test_what_cannot_work_is_told_before_a_model_is_loaded(

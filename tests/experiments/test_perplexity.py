@@ -11,18 +11,18 @@ from matplotlib.image import imread
 from rich.console import Console
 
 from experiments.__main__ import main
-from experiments.common.attention import AttentionOptions
+from experiments.common.methods import parse_method
 from experiments.common.record import read_records
-from experiments.evaluation.folder import read_lines
+from experiments.evaluation.folder import append_lines, read_lines
 from experiments.perplexity import measure
 from experiments.perplexity.measure import Text, means, measure_all
 from experiments.perplexity.texts import encode_texts, files_of
-from minference_jax import DenseAttention
+from minference_jax import DenseAttention, SparseAttention
 from models import load_model
 from models.common.decoder import forward
 
 LENGTH = 300
-SPARSE = ["--attention", "a_shape", "--sink-size", "2", "--window-size", "8"]
+SPARSE = "a_shape:2,8"
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +51,7 @@ class Masked:
 
 def visited_mask():
     """What an attention that does not depend on the data visits."""
-    options = AttentionOptions(attention="a_shape", sink_size=2, window_size=8)
-    attention = options.build(num_layers=2, num_heads=4).layer(0)
+    attention = parse_method(SPARSE).attention(2, 4).layer(0)
 
     @jax.jit
     def mask(x):
@@ -76,15 +75,16 @@ def test_command_measures_what_whole_distributions_say(tiny_model, model, tmp_pa
     texts.mkdir()
     for name, number in (("long", 2 * LENGTH), ("short", LENGTH - 1)):
         (texts / f"{name}.txt").write_text(words(number))
-    argv = ["perplexity", "--model", tiny_model, "--rope-scaling", "linear:8", *SPARSE]
+    argv = ["perplexity", "--model", tiny_model, "--rope-scaling", "linear:8"]
     argv += ["--texts", str(texts), "--lengths", str(LENGTH), "--output", str(folder)]
+    argv += ["--methods", "dense", SPARSE]
     assert main(argv) == 0
     told = capsys.readouterr()
     assert "left out: short.txt has 299 tokens" in told.err
     tokens = model.tokenizer.encode(words(2 * LENGTH))[:LENGTH]
     causal, mask = np.tri(LENGTH, dtype=bool), visited_mask()
     dense, other = (log_softmax(model, each, tokens)[:-1] for each in (causal, mask))
-    [row] = read_lines(folder / "rows.jsonl")
+    [row] = read_lines(folder / "a_shape-2,8" / "rows.jsonl")
     nll, dense_nll = (-x[np.arange(LENGTH - 1), tokens[1:]].mean() for x in (other, dense))
     kl = np.sum(np.exp(dense) * (dense - other), axis=1).mean()
     assert abs(nll - dense_nll) > 1e-4
@@ -93,42 +93,73 @@ def test_command_measures_what_whole_distributions_say(tiny_model, model, tmp_pa
     assert row["top1"] == pytest.approx((dense.argmax(1) == other.argmax(1)).mean())
     assert row["density"] == pytest.approx(mask.sum() / causal.sum(), abs=1e-5)
     assert row["density"] < 0.9
-    [record] = read_records(folder / "record.jsonl", kind="perplexity")
+    [of_dense] = read_lines(folder / "dense" / "rows.jsonl")
+    assert (of_dense["nll"], of_dense["kl"], of_dense["density"]) == (row["dense_nll"], 0, 1)
+    of_dense, record = read_records(folder / "record.jsonl", kind="perplexity")
+    assert [each["result"]["method"] for each in (of_dense, record)] == ["dense", SPARSE]
+    assert record["result"]["rows"] == [row]
     [mean] = record["result"]["means"]
     assert mean["perplexity"] == pytest.approx(np.exp(nll), rel=1e-5)
     assert f"{np.exp(nll):.3f}" in told.out
     assert imread(folder / "perplexity.png").shape[2] == 4
     # A run that went to its end measures nothing again.
-    before = (folder / "rows.jsonl").read_bytes()
+    files = sorted(folder.glob("*/rows.jsonl"))
+    before = [path.read_bytes() for path in files]
     assert main(argv) == 0
-    assert (folder / "rows.jsonl").read_bytes() == before
+    assert [path.read_bytes() for path in files] == before
+    assert len(files) == 2
 
 
-@pytest.mark.parametrize("killed_after", range(5))
+@pytest.mark.parametrize("killed_after", range(9))
 @pytest.mark.parametrize("cut", [0, 1, 30])
-def test_a_killed_run_ends_with_the_file_of_an_unbroken_one(
+def test_a_killed_run_ends_with_the_files_of_an_unbroken_one(
     model, tmp_path, monkeypatch, killed_after, cut
 ):
-    calls = []
+    written, methods = [], {"one": 1, "two": 2}
 
-    def fake(model, attention, tokens):
-        calls.append(len(tokens))
+    def fake(model, attentions, tokens):
         names = ("dense_nll", "nll", "kl", "top1", "density")
-        return {name: len(tokens) / 7 + int(tokens[0]) + at for at, name in enumerate(names)}
+        for label, number in attentions.items():
+            figures = [len(tokens) / 7 + int(tokens[0]) + at + number for at in range(5)]
+            yield label, dict(zip(names, figures, strict=True))
 
-    monkeypatch.setattr(measure, "measure", fake)
+    def dying(path, values, at):
+        append_lines(path, values)
+        written.append(path)
+        if len(written) == at:
+            path.write_bytes(path.read_bytes()[: -cut or None])
+            raise KeyboardInterrupt
+
+    def run(name, at=0):
+        written.clear()
+        (tmp_path / name).mkdir(exist_ok=True)
+        paths = {label: tmp_path / name / label for label in methods}
+        with monkeypatch.context() as patch:
+            patch.setattr(measure, "measure", fake)
+            patch.setattr(measure, "append_lines", lambda *x: dying(*x, at))
+            return measure_all(paths, texts, [4, 9], model, methods)
+
     texts = [Text(name, np.arange(at, at + 9, dtype=np.int32)) for at, name in enumerate("ab")]
-    run = lambda name: measure_all(tmp_path / name, texts, [4, 9], model, DenseAttention())
     rows = run("whole")
-    assert [(row.text, row.length) for row in rows] == [("a", 4), ("b", 4), ("a", 9), ("b", 9)]
-    lines = (tmp_path / "whole").read_bytes().splitlines(keepends=True)
-    kept = b"".join(lines[:killed_after])
-    (tmp_path / "killed").write_bytes(kept[: len(kept) - cut] if kept else b"")
-    calls.clear()
+    points = [("a", 4), ("b", 4), ("a", 9), ("b", 9)]
+    assert all([(row.text, row.length) for row in each] == points for each in rows.values())
+    if killed_after:
+        with pytest.raises(KeyboardInterrupt):
+            run("killed", killed_after)
     assert run("killed") == rows
-    assert (tmp_path / "killed").read_bytes() == b"".join(lines)
-    lost = min(killed_after, 1 if cut else 0)
-    assert len(calls) == 4 - killed_after + lost
+    for label in methods:
+        whole, killed = ((tmp_path / name / label).read_bytes() for name in ("whole", "killed"))
+        assert whole == killed
+    assert len(written) == 8 - killed_after + min(killed_after, 1 if cut else 0)
+
+
+def test_dense_attention_reads_a_text_once(model, monkeypatch):
+    reads, read = [], measure._read
+    monkeypatch.setattr(measure, "_read", lambda *x, **y: reads.append(type(x[2])) or read(*x, **y))
+    attentions = {spec: parse_method(spec).attention(2, 4) for spec in ("dense", SPARSE)}
+    found = dict(measure.measure(model, attentions, np.arange(3, 3 + LENGTH) % 60))
+    assert (list(found), reads) == (["dense", SPARSE], [DenseAttention, SparseAttention])
+    assert list(measure.measure(model, {}, np.arange(3))) == []
 
 
 def test_perplexity_is_over_all_predictions():
@@ -164,6 +195,9 @@ def test_texts_are_drawn_among_those_that_are_long_enough(model, tmp_path):
         pytest.param(["--lengths", "1"], "at least 2, got 1", id="length"),
         pytest.param(["--lengths"], "at least one length", id="no-length"),
         pytest.param(["--limit", "0"], "at least 1, got 0", id="limit"),
+        pytest.param(
+            ["--methods", "dense+snapkv:64"], "leave out +snapkv:64 of dense", id="compression"
+        ),
     ],
 )
 def test_what_cannot_work_is_told_before_a_model_is_loaded(

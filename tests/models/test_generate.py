@@ -1,6 +1,7 @@
 """Generation: greedy against full forward passes, stopping, batches, statistics of sampling."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 from minference_jax import DenseAttention
 from models.common.config import LongRopeScaling
 from models.common.decoder import forward, prefill
-from models.common.generate import Sampling, _generate, choose_tokens, generate
+from models.common.generate import Sampling, _generate, choose_tokens, decode_greedily, generate
 from tests.models.tiny import CONFIG, ScaledQueries, random_tokens, tiny_params
 
 DENSE = DenseAttention()
@@ -53,6 +54,29 @@ def test_greedy_batch_equals_forward_passes_row_by_row(chunk_size):
     for row, length in enumerate(lengths):
         assert result.tokens[row].tolist() == greedy_by_forward(np.asarray(tokens[row, :length]))
     assert result.lengths.tolist() == [NEW] * 3
+
+
+def test_decoding_ends_with_the_last_row_and_at_any_limit():
+    tokens = random_tokens(2, 9)
+    free = np.asarray(run(tokens).tokens)
+    stops = int(free[0, 1]), int(free[1, 3])
+    ends = [min(row.index(stop) for stop in stops if stop in row) for row in free.tolist()]
+    assert 0 < max(ends) < NEW
+    logits, cache = prefill(
+        tiny_params(), tokens, config=CONFIG, attention_fn=DENSE, capacity=9 + NEW,
+        rope_length=jnp.full(2, 9 + NEW),
+    )  # fmt: skip
+    sizes = {"config": CONFIG, "max_new_tokens": NEW, "stop_tokens": stops}
+    decode = jax.jit(functools.partial(decode_greedily, **sizes))
+    for limit in (NEW, 1):
+        found, after = decode(tiny_params(), logits, cache, limit)
+        lengths = [min(end, limit) for end in ends]
+        assert found.lengths.tolist() == lengths
+        for row, length in enumerate(lengths):
+            assert found.tokens[row].tolist() == [*free[row, :length], *[0] * (NEW - length)]
+        # A step for each token but the first one; none after the last row has stopped.
+        steps = min(max(ends), limit - 1)
+        assert after.lengths.tolist() == [9 + steps] * 2
 
 
 def test_each_row_ends_before_its_own_stop_token():

@@ -1,12 +1,16 @@
-"""Methods as the command line writes them: `hybrid:0.1,1000` is a family and its budget."""
+"""Methods as the command line writes them: `hybrid:0.1,1000` is a family and its budget.
+
+A suffix says what is kept of the prompt for decoding: `hybrid:0.1,1000+snapkv:1024`.
+"""
 
 import dataclasses
 import functools
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args
+from urllib.parse import quote
 
 import jax
 import numpy as np
@@ -14,7 +18,9 @@ import numpy as np
 import minference_jax as mj
 from experiments.common.attention import check_size, read_attention
 from experiments.common.errors import UserError, one_line
+from experiments.common.kv_cache import Compression, is_compression, parse_compression
 from minference_jax.files import attention_size
+from minference_jax.kv_cache import KVCompression
 from pallas_kernels.block_sparse_attention.api import Implementation
 
 Number = int | float | str
@@ -29,15 +35,27 @@ class Method:
 
     Attributes:
         family: its name; budgets of a family make one line of the plot.
-        label: family and budget, written in one way only.
-        sha256: of the pattern file, if there is one: a record must not confuse its versions.
+        label: family, budget and what is kept for decoding, written in one way only.
+        sha256: of what a file holds, or of what is recommended now: a record must not confuse its
+            versions.
         attention: makes the attention of a model of some layers and heads.
+        kept: what is kept of the prompt for decoding, everything if None.
     """
 
     family: str
     label: str
     sha256: str | None = None
     attention: Callable[[int, int], Any] = dataclasses.field(compare=False, repr=False)
+    kept: Compression | None = dataclasses.field(default=None, compare=False, repr=False)
+
+    @property
+    def slug(self) -> str:
+        """The label as the name of a folder or file."""
+        return slug(self.label)
+
+    def compression(self, num_layers: int) -> KVCompression | None:
+        """What a model of some layers keeps of the prompt for decoding, None for everything."""
+        return None if self.kept is None else self.kept.make(num_layers)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,31 +83,60 @@ class Family:
         return (f"{name}:" if names else name) + ",".join(must) + "".join(f"[,{x}]" for x in may)
 
 
+def slug(label: str) -> str:
+    """Returns a method's label as the name of a folder or file; other labels have other names."""
+    return quote(label.replace(":", "-"), safe="+,")
+
+
 def dense() -> Method:
     """The method that the others are compared with."""
     return parse_method("dense")
 
 
-def parse_methods(specs: tuple[str, ...]) -> list[Method]:
-    """Returns the methods named on the command line, dense first.
+def parse_methods(specs: Sequence[str]) -> list[Method]:
+    """Returns the methods named on the command line.
 
     Raises:
-        UserError: one is not a method, or named twice.
+        UserError: there is none, one is not a method, or two have the same name.
     """
-    methods = [dense()]
-    named = set()
+    if not specs:
+        raise UserError("--methods must name at least one method")
+    methods: dict[str, Method] = {}
     for spec in specs:
         method = parse_method(spec)
-        if method.label in named:
-            raise UserError(f"--methods names {method.label} twice; remove one")
-        named.add(method.label)
-        if method != methods[0]:
-            methods.append(method)
+        if (other := methods.get(method.slug)) is not None:
+            advice = "remove one" if other == method else "their files differ, so rename one"
+            raise UserError(f"--methods names {method.label} twice; {advice}")
+        methods[method.slug] = method
+    return list(methods.values())
+
+
+def parse_whole_cache_methods(specs: Sequence[str], *, why: str) -> list[Method]:
+    """`parse_methods` for a command that cannot keep less than the whole cache; `why` it cannot.
+
+    Raises:
+        UserError: as `parse_methods`, or a method keeps a part only.
+    """
+    methods = parse_methods(specs)
+    for method in methods:
+        if method.kept is not None:
+            raise UserError(f"--methods: {why}; leave out +{method.kept.label} of {method.label}")
     return methods
 
 
 def parse_method(spec: str) -> Method:
     """Returns one method; raises UserError if it is none."""
+    written, plus, suffix = spec.rpartition("+")
+    of_file = spec.partition(":")[0] in FROM_FILE
+    # A file's name may hold a plus, and so may a number: 1e+0.
+    if not (plus and suffix[:1].isalpha()) or (of_file and not is_compression(suffix)):
+        return _parse_attention(spec)
+    kept = parse_compression(suffix, option=f"--methods: {spec!r}: what follows +")
+    method = _parse_attention(written)
+    return dataclasses.replace(method, label=f"{method.label}+{kept.label}", kept=kept)
+
+
+def _parse_attention(spec: str) -> Method:
     name, _, rest = spec.partition(":")
     if name == "patterns":
         return _from_file(rest, spec)
@@ -118,8 +165,17 @@ def parse_method(spec: str) -> Method:
     return Method(
         family=name,
         label=f"{name}:{budget}" if budget else name,
+        sha256=_digest(mj.recommended_attention(1)) if name == "minference" else None,
         attention=functools.partial(family.attention, made),
     )
+
+
+def _digest(attention: Any) -> str:
+    """What is static decides as much as the arrays."""
+    digest = hashlib.sha256(str(jax.tree.structure(attention)).encode())
+    for leaf in jax.tree.leaves(attention):
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()
 
 
 def _number(word: str, name: str, kind: type, spec: str) -> Number:
@@ -139,10 +195,6 @@ def _from_file(name: str, spec: str, *, seed: int | None = None) -> Method:
         raise UserError(
             f"--methods: {spec!r}: expected {family}:FILE with a pattern file; {error}"
         ) from error
-    # What is static decides as much as the arrays.
-    digest = hashlib.sha256(str(jax.tree.structure(made)).encode())
-    for leaf in jax.tree.leaves(made):
-        digest.update(np.asarray(leaf).tobytes())
 
     def attention(layers: int, heads: int) -> Any:
         check_size(made, name, num_layers=layers, num_heads=heads)
@@ -150,7 +202,7 @@ def _from_file(name: str, spec: str, *, seed: int | None = None) -> Method:
 
     # A label has no folders: they are this machine's business.
     label = f"{family}:{Path(name).name}" + ("" if seed is None else f",{seed}")
-    return Method(family=family, label=label, sha256=digest.hexdigest(), attention=attention)
+    return Method(family=family, label=label, sha256=_digest(made), attention=attention)
 
 
 def _shuffled(attention: Any, seed: int) -> Any:
@@ -230,6 +282,9 @@ _LINES: dict[str, type] = {"vertical_size": int, "slash_size": int}
 FAMILIES: dict[str, Family] = {
     # Another kernel's dense attention tells what rounding alone does.
     "dense": Family({"kernel": str}, _dense, lambda made, *_: made, 0),
+    "minference": Family(
+        {}, lambda: None, lambda made, layers, heads: mj.recommended_attention(layers), 0
+    ),
     "a_shape": Family(_WINDOW, mj.AShape, _uniform, 2),
     "tri_shape": Family(_TRIANGLE, mj.TriShape, _uniform, 3),
     "vertical_slash": Family({**_LINES, **_WINDOW}, mj.VerticalSlash, _uniform, 2),
@@ -253,4 +308,4 @@ FAMILIES: dict[str, Family] = {
 def usage() -> str:
     """How all methods are written."""
     families = (family.usage(name) for name, family in FAMILIES.items())
-    return ", ".join([*families, "patterns:FILE", "shuffled:FILE[,SEED]"])
+    return ", ".join([*families, "patterns:NAME_OR_FILE", "shuffled:NAME_OR_FILE[,SEED]"])
