@@ -1,4 +1,4 @@
-"""Generation: prefill with any attention, then a compiled decode loop, greedy or sampled."""
+"""Generation: prefill with any attention, or a cache, then a decode loop, greedy or sampled."""
 
 import dataclasses
 import functools
@@ -11,9 +11,10 @@ from jaxtyping import Array, Bool, Float, Int
 
 from minference_jax.kv_cache import KVCompression
 from minference_jax.types import AttentionFn
-from models.common.cache import kept_tokens
+from models.common.cache import KVCache, kept_tokens
 from models.common.checks import (
     check_attention,
+    check_cache_room,
     check_compression,
     check_context,
     check_prompt,
@@ -145,6 +146,38 @@ def generate(
     )
 
 
+def generate_after(
+    params: Params,
+    logits: Float[Array, "batch vocab"],
+    cache: KVCache,
+    *,
+    config: DecoderConfig,
+    max_new_tokens: int,
+    stop_tokens: tuple[int, ...] = (),
+) -> GeneratedTokens:
+    """Continues greedily from a cache, which stays as it is.
+
+    Args:
+        params: the tree described in `models.common.decoder`.
+        logits: after the last token of the cache.
+        cache: what `prefill` or `extend` returned, with room for the new tokens but the last.
+        config: the model's hyper-parameters.
+        max_new_tokens: tokens to generate at most.
+        stop_tokens: a row ends before any of these.
+
+    Raises:
+        ValueError: when the new tokens do not fit the cache or the model's context.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"`max_new_tokens` must be at least 1, got {max_new_tokens}")
+    check_cache_room(cache, max_new_tokens - 1)
+    if is_concrete(cache.lengths):
+        check_context(int(np.max(np.asarray(cache.lengths))) + max_new_tokens, config)
+    return _generate_after(
+        params, logits, cache, config=config, max_new_tokens=max_new_tokens, stop_tokens=stop_tokens
+    )
+
+
 def choose_tokens(
     logits: Float[Array, "batch vocab"], sampling: Sampling, key: Array
 ) -> Int[Array, " batch"]:
@@ -191,11 +224,33 @@ def _generate(
         observe=observe,
         compression=compression,
     )
+    choose = lambda logits, step: _choose(
+        logits, jax.random.fold_in(key, step), numbers, greedy=greedy, filtered=filtered
+    )
+    out, counts = _decode(
+        params, logits, cache, choose,
+        config=config, max_new_tokens=max_new_tokens, stop_tokens=stop_tokens,
+    )  # fmt: skip
+    return GeneratedTokens(out, counts, observed)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "max_new_tokens", "stop_tokens"))
+def _generate_after(params, logits, cache, *, config, max_new_tokens, stop_tokens):
+    greedy = lambda logits, step: jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    out, counts = _decode(
+        params, logits, cache, greedy,
+        config=config, max_new_tokens=max_new_tokens, stop_tokens=stop_tokens,
+    )  # fmt: skip
+    return GeneratedTokens(out, counts)
+
+
+def _decode(params, logits, cache, choose, *, config, max_new_tokens, stop_tokens):
+    """New tokens of each row, `choose(logits, step)` each, and how many."""
+    batch = logits.shape[0]
     stops = jnp.asarray(stop_tokens, jnp.int32)
 
     def record(logits, step, finished, out, counts):
-        step_key = jax.random.fold_in(key, step)
-        token = _choose(logits, step_key, numbers, greedy=greedy, filtered=filtered)
+        token = choose(logits, step)
         finished = finished | jnp.isin(token, stops)
         out = out.at[:, step].set(jnp.where(finished, 0, token))
         return token, finished, out, counts + ~finished
@@ -217,7 +272,7 @@ def _generate(
         jnp.zeros(batch, jnp.int32),
     )
     _, _, _, out, counts, _ = jax.lax.while_loop(unfinished, next_token, (1, *first, cache))
-    return GeneratedTokens(out, counts, observed)
+    return out, counts
 
 
 def _choose(
