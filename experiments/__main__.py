@@ -16,7 +16,7 @@ from experiments.patterns.command import Patterns
 from experiments.perplexity.command import Perplexity
 from experiments.prefill import Prefill
 from experiments.ruler.command import Ruler
-
+from experiments.scbench.command import SCBench
 from experiments.search.command import Search
 from experiments.visited.command import Visited
 
@@ -29,7 +29,7 @@ Command = tyro.conf.OmitArgPrefixes[
     | Annotated[Needle, tyro.conf.subcommand("needle", prefix_name=False)]
     | Annotated[Ruler, tyro.conf.subcommand("ruler", prefix_name=False)]
     | Annotated[InfiniteBench, tyro.conf.subcommand("infinitebench", prefix_name=False)]
-
+    | Annotated[SCBench, tyro.conf.subcommand("scbench", prefix_name=False)]
     | Annotated[Perplexity, tyro.conf.subcommand("perplexity", prefix_name=False)]
     | Annotated[Latency, tyro.conf.subcommand("latency", prefix_name=False)]
     | Annotated[Patterns, tyro.conf.subcommand("patterns", prefix_name=False)]

@@ -20,6 +20,7 @@ from experiments.evaluation.stages import Draft
 from experiments.ruler.draft import Questions
 from experiments.ruler.report import averages_picture, grid_table, in_words
 from experiments.ruler.samples import (
+    NO_DOWNLOAD,
     TaskName,
     missing_files,
     read_questions,
@@ -37,7 +38,7 @@ _SHORTEST = 256
 class Ruler(Evaluation):
     """RULER: 13 synthetic tasks at several lengths, and up to which length a model does well."""
 
-    tasks: tuple[TaskName, ...] = tuple(name for name, task in tasks.items() if not task.source)
+    tasks: tuple[TaskName, ...] = NO_DOWNLOAD
     """Tasks; if not given, the 11 that need no download."""
     questions: OptionalPath = None
     """Folder of the data sets of qa_1 (squad.json: SQuAD's dev-v2.0.json) and qa_2 (hotpotqa.json:

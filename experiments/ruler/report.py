@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.ticker import PercentFormatter
 from rich.table import Table
 
-from experiments.common.plotting import new_figure, save, short_tokens, wrapped
+from experiments.common.plotting import new_figure, save, wrapped
 from experiments.evaluation.run import Mean, means
 from experiments.evaluation.stages import Score
 from experiments.ruler.scores import THRESHOLD, effective_length
@@ -59,8 +59,8 @@ def averages_picture(scores: Mapping[str, Sequence[Score]], *, title: str, path:
     for label, found in scores.items():
         average = averages(found)
         axes.plot(
-            list(average), list(average.values()), marker="o", markersize=4, label=label,
-            clip_on=False,
+            list(average), list(average.values()), marker="o", markersize=4,
+            clip_on=False, label=wrapped(label, figure),
         )  # fmt: skip
     axes.axhline(THRESHOLD, color="0.6", linewidth=0.8, linestyle="--", zorder=0)
     axes.annotate(
@@ -69,7 +69,7 @@ def averages_picture(scores: Mapping[str, Sequence[Score]], *, title: str, path:
     )  # fmt: skip
     lengths = sorted({one.length for found in scores.values() for one in found})
     axes.set_xscale("log", base=2)
-    axes.set_xticks(lengths, [short_tokens(length) for length in lengths])
+    axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
     axes.minorticks_off()
     axes.set(ylim=(0, 1), xlabel="context length (tokens)", ylabel="average score")
     axes.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))

@@ -9,7 +9,7 @@ import functools
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, get_args
 
 from experiments.common.errors import UserError
 from experiments.common.prompts import LONGER_TEXT, fit_size, packaged_chapter
@@ -20,7 +20,6 @@ from experiments.ruler.frequent_words import frequent_words
 from experiments.ruler.niah import Needles
 from experiments.ruler.qa import ask_about_documents, read_hotpotqa, read_squad
 from experiments.ruler.variable_tracking import variable_tracking
-
 
 TaskName = Literal[
     "niah_single_1",
@@ -76,7 +75,7 @@ def _qa(file: str, read: Callable[[Path], Questions]) -> Task:
     )
 
 
-tasks: Mapping[TaskName, Task] = MappingProxyType(
+tasks: Mapping[str, Task] = MappingProxyType(
     {
         "niah_single_1": _niah(Needles(haystack="noise")),
         "niah_single_2": _niah(Needles()),
@@ -96,6 +95,10 @@ tasks: Mapping[TaskName, Task] = MappingProxyType(
         "qa_1": _qa("squad.json", read_squad),
         "qa_2": _qa("hotpotqa.json", read_hotpotqa),
     }
+)
+
+NO_DOWNLOAD: tuple[TaskName, ...] = tuple(
+    name for name in get_args(TaskName) if tasks[name].source is None
 )
 
 

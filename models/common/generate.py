@@ -208,7 +208,7 @@ def _generate(
     chunk_size,
     observe,
 ):
-    batch, length = tokens.shape
+    length = tokens.shape[1]
     kept = kept_tokens(compression, length)
     # A multiple of the chunk size spares the prefill a copy of the cache.
     chunk = 1 if chunk_size is None or chunk_size >= length else chunk_size

@@ -67,9 +67,7 @@ def write(tmp_path, *records):
 def read(path, task, tokenizer, length=100_000, **options):
     released = check_file(path, task, **options)
     return [
-        read_sample(
-            released, place, tokenizer=tokenizer, count_tokens=count_bytes, length=length
-        )
+        read_sample(released, place, tokenizer=tokenizer, count_tokens=count_bytes, length=length)
         for place in range(len(released.starts))
     ]
 

@@ -111,7 +111,7 @@ def test_what_does_not_fit_is_told():
         go_on(TOKENS[:, :3], cache, width=8)
     with pytest.raises(ValueError, match="holds 13, and 8 more"):
         generate_after(PARAMS, jnp.zeros((1, 50)), cache, config=CONFIG, max_new_tokens=9)
-    with pytest.raises(ValueError, match="one row at a time.*2 rows of tokens and 1"):
+    with pytest.raises(ValueError, match=r"one row at a time.*2 rows of tokens and 1"):
         go_on(random_tokens(2, 3), cache)
     full = dataclasses.replace(cache, lengths=cache.lengths + 240)
     with pytest.raises(ValueError, match="258 tokens do not fit the model's context of 256"):
