@@ -58,7 +58,8 @@ class SCBench(Conversing):
         )  # fmt: skip
         groups = Groups(tasks=self.tasks, lengths=lengths, turns=self.turns)
         for label, modes in scores.items():
-            console.print(turn_table(modes, groups, title=label))
+            for mode, found in modes.items():
+                console.print(turn_table(found, groups, title=f"{label}, {mode}"))
         title = Path(self.model.model).name
         picture = turns_picture(scores, groups, title=title, path=self.folder / "scbench.png")
         for path in (picture, self.folder / "record.jsonl"):

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -21,7 +22,10 @@ from minference_jax.kv_cache import KVCompression
 from models import Model
 from models.common.cache import KVCache, kept_tokens
 from models.common.decoder import extend, prefill
-from models.common.generate import generate_after
+from models.common.generate import decode_greedily
+
+# The cache is not donated: further turns go on from it.
+_decode = jax.jit(decode_greedily, static_argnames=("config", "max_new_tokens", "stop_tokens"))
 
 _STEP = 64  # widths of pieces are multiples of it, so that few programs are compiled
 
@@ -189,10 +193,11 @@ def _read_onto(state: _State, tokens: Tokens, reader: Reader, sizes: _Sizes) -> 
 
 def _answer(turn: Sample, state: _State, reader: Reader) -> Prediction:
     model = reader.model
-    result = generate_after(
+    result, _ = _decode(
         model.params,
         state.logits,
         state.cache,
+        turn.max_new_tokens,
         config=model.config,
         max_new_tokens=turn.max_new_tokens,
         stop_tokens=model.tokenizer.stop_tokens,

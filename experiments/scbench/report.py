@@ -42,22 +42,20 @@ class Groups:
         return np.array([found[turn_task(task, turn), length] for turn in turns])
 
 
-def turn_table(modes: Mapping[Mode, Sequence[Score]], groups: Groups, *, title: str) -> Table:
-    """Returns mean scores of one method in percent: tasks, lengths and modes down, turns across.
+def turn_table(scores: Sequence[Score], groups: Groups, *, title: str) -> Table:
+    """Returns mean scores of a method and mode in percent: tasks, lengths down, turns across.
 
     The last column is the share of causal pairs that were visited up to the last question.
     """
-    table = Table("task", "tokens", "mode", title=f"{title}: right answers by turn, %")
-    for name in (*map(str, range(1, groups.turns + 1)), "mean", "visited, %"):
+    table = Table("score, %", "tokens", title=title)
+    turns = [f"turn {turn}" for turn in range(1, groups.turns + 1)]
+    for name in (*turns, "mean", "pairs visited, %"):
         table.add_column(name, justify="right")
-    for column in table.columns:
-        column.no_wrap = True
     for task, length in groups.pairs:
-        for mode, found in modes.items():
-            score = groups.of_turns(found, task, length)
-            density = groups.of_turns(found, task, length, "density")[-1]
-            shown = [f"{100 * value:.0f}" for value in (*score, score.mean(), density)]
-            table.add_row(task, f"{length:,}", mode, *shown)
+        score = groups.of_turns(scores, task, length)
+        density = groups.of_turns(scores, task, length, "density")[-1]
+        shown = (f"{100 * value:.1f}" for value in (*score, score.mean(), density))
+        table.add_row(task, f"{length:,}", *shown)
     return table
 
 

@@ -42,6 +42,18 @@ def kept_tokens(compression: KVCompression | None, length: int) -> int:
     return length if compression is None else min(compression.capacity, length)
 
 
+def room_for(
+    compression: KVCompression | None, length: int, new_tokens: int, chunk_size: int | None
+) -> int:
+    """The capacity of a cache for a prompt and new tokens.
+
+    For a prompt in chunks it is a multiple of their size, which spares its prefill a copy.
+    """
+    kept = kept_tokens(compression, length)
+    chunk = 1 if chunk_size is None or chunk_size >= length else chunk_size
+    return max(kept + new_tokens, -(-kept // chunk) * chunk)
+
+
 def attend_cached(
     q: Float[Array, "batch 1 heads head_dim"],
     keys: Float[Array, "batch capacity kv_heads head_dim"],

@@ -1,4 +1,4 @@
-"""Generation: prefill with any attention, or a cache, then a decode loop, greedy or sampled."""
+"""Generation: prefill with any attention, then a compiled decode loop, greedy or sampled."""
 
 import dataclasses
 import functools
@@ -11,10 +11,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from minference_jax.kv_cache import KVCompression
 from minference_jax.types import AttentionFn
-from models.common.cache import KVCache, kept_tokens
+from models.common.cache import KVCache, room_for
 from models.common.checks import (
     check_attention,
-    check_cache_room,
     check_compression,
     check_context,
     check_prompt,
@@ -146,38 +145,6 @@ def generate(
     )
 
 
-def generate_after(
-    params: Params,
-    logits: Float[Array, "batch vocab"],
-    cache: KVCache,
-    *,
-    config: DecoderConfig,
-    max_new_tokens: int,
-    stop_tokens: tuple[int, ...] = (),
-) -> GeneratedTokens:
-    """Continues greedily from a cache, which stays as it is.
-
-    Args:
-        params: the tree described in `models.common.decoder`.
-        logits: after the last token of the cache.
-        cache: what `prefill` or `extend` returned, with room for the new tokens but the last.
-        config: the model's hyper-parameters.
-        max_new_tokens: tokens to generate at most.
-        stop_tokens: a row ends before any of these.
-
-    Raises:
-        ValueError: when the new tokens do not fit the cache or the model's context.
-    """
-    if max_new_tokens < 1:
-        raise ValueError(f"`max_new_tokens` must be at least 1, got {max_new_tokens}")
-    check_cache_room(cache, max_new_tokens - 1)
-    if is_concrete(cache.lengths):
-        check_context(int(np.max(np.asarray(cache.lengths))) + max_new_tokens, config)
-    return _generate_after(
-        params, logits, cache, config=config, max_new_tokens=max_new_tokens, stop_tokens=stop_tokens
-    )
-
-
 def choose_tokens(
     logits: Float[Array, "batch vocab"], sampling: Sampling, key: Array
 ) -> Int[Array, " batch"]:
@@ -208,10 +175,6 @@ def _generate(
     chunk_size,
     observe,
 ):
-    length = tokens.shape[1]
-    kept = kept_tokens(compression, length)
-    # A multiple of the chunk size spares the prefill a copy of the cache.
-    chunk = 1 if chunk_size is None or chunk_size >= length else chunk_size
     logits, cache, observed = run_prefill(
         params,
         tokens,
@@ -219,45 +182,78 @@ def _generate(
         lengths + max_new_tokens,
         config=config,
         attention_fn=attention_fn,
-        capacity=max(kept + max_new_tokens, -(-kept // chunk) * chunk),
+        capacity=room_for(compression, tokens.shape[1], max_new_tokens, chunk_size),
         chunk_size=chunk_size,
         observe=observe,
         compression=compression,
     )
-    choose = lambda logits, step: _choose(
-        logits, jax.random.fold_in(key, step), numbers, greedy=greedy, filtered=filtered
-    )
-    out, counts = _decode(
-        params, logits, cache, choose,
+    found, _ = _decode(
+        params, logits, cache, max_new_tokens, key, numbers, greedy=greedy, filtered=filtered,
         config=config, max_new_tokens=max_new_tokens, stop_tokens=stop_tokens,
     )  # fmt: skip
-    return GeneratedTokens(out, counts, observed)
+    return found._replace(observed=observed)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "max_new_tokens", "stop_tokens"))
-def _generate_after(params, logits, cache, *, config, max_new_tokens, stop_tokens):
-    greedy = lambda logits, step: jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    out, counts = _decode(
-        params, logits, cache, greedy,
+def decode_greedily(
+    params: Params,
+    logits: Float[Array, "batch vocab"],
+    cache: KVCache,
+    limit: Int[Array, ""] | int,
+    *,
+    config: DecoderConfig,
+    max_new_tokens: int,
+    stop_tokens: tuple[int, ...] = (),
+) -> tuple[GeneratedTokens, KVCache]:
+    """Goes on from a prefill as `generate` does, until every row has stopped.
+
+    Args:
+        params: the tree described in `models.common.decoder`.
+        logits: of the next token of each row.
+        cache: of the prompts, with room for all new tokens but the last.
+        limit: tokens to generate at most, up to `max_new_tokens`; other limits run the same
+            program.
+        config: the model's hyper-parameters.
+        max_new_tokens: room in what is returned.
+        stop_tokens: a row ends before any of these.
+
+    Returns:
+        The new tokens, and the cache; rows that stopped early hold keys of no meaning at its end.
+    """
+    numbers = _filter(Sampling(), config.vocab_size)
+    return _decode(
+        params, logits, cache, limit, jax.random.key(0), numbers, greedy=True, filtered=False,
         config=config, max_new_tokens=max_new_tokens, stop_tokens=stop_tokens,
     )  # fmt: skip
-    return GeneratedTokens(out, counts)
 
 
-def _decode(params, logits, cache, choose, *, config, max_new_tokens, stop_tokens):
-    """New tokens of each row, `choose(logits, step)` each, and how many."""
+def _decode(
+    params,
+    logits,
+    cache,
+    limit,
+    key,
+    numbers,
+    *,
+    greedy,
+    filtered,
+    config,
+    max_new_tokens,
+    stop_tokens,
+):
+    """The loop over new tokens; it ends with the last row's."""
     batch = logits.shape[0]
     stops = jnp.asarray(stop_tokens, jnp.int32)
 
     def record(logits, step, finished, out, counts):
-        token = choose(logits, step)
+        step_key = jax.random.fold_in(key, step)
+        token = _choose(logits, step_key, numbers, greedy=greedy, filtered=filtered)
         finished = finished | jnp.isin(token, stops)
         out = out.at[:, step].set(jnp.where(finished, 0, token))
         return token, finished, out, counts + ~finished
 
     def unfinished(state):
         step, _, finished, *_ = state
-        return (step < max_new_tokens) & ~jnp.all(finished)
+        return (step < limit) & ~jnp.all(finished)
 
     def next_token(state):
         step, token, finished, out, counts, cache = state
@@ -271,8 +267,8 @@ def _decode(params, logits, cache, choose, *, config, max_new_tokens, stop_token
         jnp.zeros((batch, max_new_tokens), jnp.int32),
         jnp.zeros(batch, jnp.int32),
     )
-    _, _, _, out, counts, _ = jax.lax.while_loop(unfinished, next_token, (1, *first, cache))
-    return out, counts
+    *_, out, counts, cache = jax.lax.while_loop(unfinished, next_token, (1, *first, cache))
+    return GeneratedTokens(out, counts), cache
 
 
 def _choose(

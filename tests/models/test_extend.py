@@ -9,7 +9,7 @@ import pytest
 import minference_jax as mj
 from minference_jax.kv_cache import SnapKV
 from models.common.decoder import decode_step, extend, prefill
-from models.common.generate import Sampling, generate, generate_after
+from models.common.generate import Sampling, decode_greedily, generate
 from models.common.passes import run_extend
 from tests.models.tiny import CONFIG, ScaledQueries, random_tokens, tiny_params
 
@@ -85,15 +85,10 @@ def test_generation_from_a_cache_is_generation_from_its_prompt():
     end = jnp.full((1,), TOKENS.shape[1] + new, jnp.int32)
     _, cache = read(TOKENS[:, :FIRST], rope_length=end, capacity=TOKENS.shape[1] + new - 1)
     logits, cache = go_on(TOKENS[:, FIRST:], cache)
-    for _ in range(2):  # the cache stays as it is
-        got = generate_after(PARAMS, logits, cache, config=CONFIG, max_new_tokens=new)
-        np.testing.assert_array_equal(got.tokens, want.tokens)
-    stop = int(want.tokens[0, 2])
-    first = want.tokens[0].tolist().index(stop)
-    got = generate_after(
-        PARAMS, logits, cache, config=CONFIG, max_new_tokens=new, stop_tokens=(stop,)
-    )
-    assert got.lengths.tolist() == [first]
+    for limit in (new, 2):
+        got, _ = decode_greedily(PARAMS, logits, cache, limit, config=CONFIG, max_new_tokens=new)
+        np.testing.assert_array_equal(got.tokens[:, :limit], want.tokens[:, :limit])
+        assert got.lengths.tolist() == [limit]
 
 
 def test_other_tokens_and_lengths_compile_nothing():
@@ -109,8 +104,6 @@ def test_what_does_not_fit_is_told():
     _, cache = read(TOKENS[:, :FIRST], capacity=20)
     with pytest.raises(ValueError, match="capacity is 20 tokens, a row holds 13, and 8 more"):
         go_on(TOKENS[:, :3], cache, width=8)
-    with pytest.raises(ValueError, match="holds 13, and 8 more"):
-        generate_after(PARAMS, jnp.zeros((1, 50)), cache, config=CONFIG, max_new_tokens=9)
     with pytest.raises(ValueError, match=r"one row at a time.*2 rows of tokens and 1"):
         go_on(random_tokens(2, 3), cache)
     full = dataclasses.replace(cache, lengths=cache.lengths + 240)
