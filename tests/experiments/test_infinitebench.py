@@ -7,8 +7,8 @@ import statistics
 
 import pytest
 import tokenizers
+from tokenizers import decoders, pre_tokenizers
 from tokenizers import models as backends
-from tokenizers import pre_tokenizers
 
 from experiments.common.errors import UserError
 from experiments.infinitebench import (
@@ -31,13 +31,18 @@ INPUTS = {
 OPTIONS = ["first {option}", "second", "third", "fourth"]
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
+def byte_tokenizer():
     """One token for each byte, as many for a Chinese character as UTF-8 takes."""
     vocabulary = {byte: i for i, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     backend = tokenizers.Tokenizer(backends.BPE(vocab=vocabulary, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
     return Tokenizer(backend=backend)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return byte_tokenizer()
 
 
 def count_bytes(prompt, lead=""):
