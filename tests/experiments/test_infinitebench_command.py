@@ -1,14 +1,19 @@
 """`minference infinitebench`: samples that are read and made, their metrics, what is refused."""
 
+import functools
 import json
 
+import jax.numpy as jnp
 import pytest
 
 from experiments.__main__ import main
+from experiments.common.errors import UserError
 from experiments.common.record import read_records
 from experiments.evaluation.folder import read_lines, replace_lines
 from experiments.evaluation.stages import Score
-from experiments.infinitebench.command import task_table
+from experiments.infinitebench.command import drafts, task_table
+from experiments.infinitebench.read import check_file
+from models import load_model
 
 LENGTH = 220
 
@@ -123,16 +128,15 @@ def test_a_missing_package_is_told_before_a_model_is_loaded(capsys, data, monkey
     assert "minference-jax[evaluation]" in capsys.readouterr().err
 
 
-def test_the_length_is_the_context_if_none_is_given(tiny_model, capsys, data, tmp_path):
-    argv = ["infinitebench", "--model", tiny_model, "--data", str(data), "--limit", "1"]
-    argv += ["--output", str(tmp_path / "run"), "--attention", "dense"]
-    assert main([*argv, "--tasks", "longbook_qa_eng"]) == 0
-    [sample] = read_lines(tmp_path / "run" / "samples.jsonl")
-    [line] = read_lines(tmp_path / "run" / "predictions.jsonl")
-    assert sample["length"] - 6 <= line["prompt_tokens"] + 40 <= sample["length"]
-    sum_of = {"context": "1 + 2", "input": "", "answer": [3]}
-    (data / "math_calc.jsonl").write_text(json.dumps(sum_of) + "\n")
-    assert main([*argv, "--tasks", "math_calc", "--output", str(tmp_path / "other")]) == 2
-    assert "up to 30000 tokens, more than the model's context of 128" in capsys.readouterr().err
-    assert main([*argv, "--length", "100000", "--output", str(tmp_path / "third")]) == 2
-    assert "100000 tokens do not fit the model's context" in capsys.readouterr().err
+def test_the_length_is_the_context_if_none_is_given(tiny_model, data):
+    model = load_model(tiny_model, dtype=jnp.float32)
+    made = functools.partial(drafts, model, length=None, samples=1, seed=0, chat=True)
+    file = check_file(data / "longbook_qa_eng.jsonl", "longbook_qa_eng")
+    found = made(files={"longbook_qa_eng": file})
+    sample = found[1].make()
+    context = model.config.max_position
+    assert sample.length == found[1].length == context
+    read = len(model.tokenizer.encode(sample.prompt + sample.lead))
+    assert context - 6 <= read + sample.max_new_tokens <= context
+    with pytest.raises(UserError, match=f"take up to 30000 .* the model's context of {context}"):
+        made(files={"math_calc": file})

@@ -218,7 +218,7 @@ def test_turns_are_scored_apart_and_drawn(tiny_model, tmp_path, capsys):
     book.write_text(BOOK)
     argv = ["scbench", "--model", tiny_model, "--rope-scaling", "linear:8", "--text", str(book)]
     argv += ["--lengths", "300", "--turns", "2", "--samples", "2", "--tasks", "needles"]
-    argv += ["--attention", "dense", "--output", str(folder)]
+    argv += ["--attention", "dense", "--output", str(folder), "--modes", "multi_turn"]
     assert main([*argv, "--limit", "1"]) == 0
     assert len(read_lines(folder / "samples.jsonl")) == 3
     [label] = read_records(folder / "record.jsonl")[0]["result"]["methods"]
