@@ -9,11 +9,14 @@ import tyro
 from experiments.common.errors import parse_reporting_errors, run_reporting_errors
 from experiments.compare.command import Compare, CompareSummary
 from experiments.generate import Generate
+from experiments.infinitebench.command import InfiniteBench
 from experiments.latency.command import Latency
 from experiments.needle.command import Needle
 from experiments.patterns.command import Patterns
 from experiments.perplexity.command import Perplexity
 from experiments.prefill import Prefill
+from experiments.ruler.command import Ruler
+from experiments.scbench.command import SCBench
 from experiments.search.command import Search
 from experiments.visited.command import Visited
 
@@ -24,6 +27,9 @@ Command = tyro.conf.OmitArgPrefixes[
     | Annotated[Compare, tyro.conf.subcommand("compare", prefix_name=False)]
     | Annotated[CompareSummary, tyro.conf.subcommand("compare-summary", prefix_name=False)]
     | Annotated[Needle, tyro.conf.subcommand("needle", prefix_name=False)]
+    | Annotated[Ruler, tyro.conf.subcommand("ruler", prefix_name=False)]
+    | Annotated[InfiniteBench, tyro.conf.subcommand("infinitebench", prefix_name=False)]
+    | Annotated[SCBench, tyro.conf.subcommand("scbench", prefix_name=False)]
     | Annotated[Perplexity, tyro.conf.subcommand("perplexity", prefix_name=False)]
     | Annotated[Latency, tyro.conf.subcommand("latency", prefix_name=False)]
     | Annotated[Patterns, tyro.conf.subcommand("patterns", prefix_name=False)]

@@ -44,7 +44,8 @@ def test_contributing_names_files_that_exist():
 def test_options_in_the_readme_exist(capsys):
     analyses = ("distribution", "coverage", "recall", "maps", "sparsity", "decoding")
     names = (
-        "generate", "prefill", "search", "compare", "needle", "perplexity", "latency", "visited",
+        "generate", "prefill", "search", "compare", "needle", "ruler", "infinitebench", "scbench",
+        "perplexity", "latency", "visited",
     )  # fmt: skip
     commands = [[name] for name in names]
     for command in commands + [["patterns", name] for name in analyses]:

@@ -106,13 +106,7 @@ def encode(
         max_new_tokens: to be generated after it.
         lead: how the answer begins. A template ends with a space of its own.
     """
-    tokenizer = model.tokenizer
-    if chat and tokenizer.has_chat_template:
-        with reported_as_user_error(ValueError):  # a template may refuse a conversation
-            text = tokenizer.apply_chat_template([{"role": "user", "content": text}])
-        tokens = tokenizer.encode(text + lead.lstrip(), add_special_tokens=False)
-    else:
-        tokens = tokenizer.encode(text + lead)
+    tokens = tokens_of(model, text, chat=chat, lead=lead)
     needed, context = len(tokens) + max_new_tokens, model.config.max_position
     if needed > context:
         raise UserError(
@@ -121,6 +115,16 @@ def encode(
             f"context with --rope-scaling, for example dynamic:{math.ceil(needed / context)}"
         )
     return np.asarray([tokens], np.int32)
+
+
+def tokens_of(model: Model, text: str, *, chat: bool, lead: str = "") -> list[int]:
+    """Returns the prompt's tokens, as `encode` does, however many there are."""
+    tokenizer = model.tokenizer
+    if chat and tokenizer.has_chat_template:
+        with reported_as_user_error(ValueError):  # a template may refuse a conversation
+            text = tokenizer.apply_chat_template([{"role": "user", "content": text}])
+        return tokenizer.encode(text + lead.lstrip(), add_special_tokens=False)
+    return tokenizer.encode(text + lead)
 
 
 def observe_density(attention: Any, *qkv: Array, **where: Any) -> tuple[Array, Any]:

@@ -1,14 +1,15 @@
 """Samples of the synthetic tasks, made at any length from a seed."""
 
+import functools
 import itertools
 import json
 import random
 import statistics
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from experiments.common.errors import UserError
-from experiments.common.prompts import Prompt, fit_prompt
+from experiments.common.prompts import fit_size
 from experiments.evaluation.sample import Sample
 from experiments.infinitebench.prompts import Question, ask
 from experiments.infinitebench.tasks import (
@@ -16,6 +17,7 @@ from experiments.infinitebench.tasks import (
     SYNTHETIC,
     Task,
     check_task,
+    sample_name,
 )
 
 # Irrelevant text of the pass key task since Mohtashami and Jaggi (2023).
@@ -38,25 +40,26 @@ _RANKS = (
 )
 
 
-def build_samples(
-    task: str, count_tokens: Callable[[str], int], length: int, number: int, seed: int
-) -> Iterator[Sample]:
-    """Yields samples of a synthetic task.
+def sample_maker(
+    task: str, count_tokens: Callable[[str, str], int], length: int, number: int, seed: int
+) -> Callable[[int], Sample]:
+    """Returns what makes the samples of a synthetic task, the same ones in any order.
 
     Their prompts are the longest that, with lead and answer, take at most `length` tokens; less
     than a sentence, pair or number is missing (a pair of kv_retrieval has some 60 tokens). What is
     asked for lies at depths spread evenly over the text; math_find goes through its seven kinds.
+    A length that is too short for a question is told when a sample is made.
 
     Args:
         task: name of the task, one of `SYNTHETIC`.
-        count_tokens: how many tokens the model reads for a text, its chat template included.
+        count_tokens: how many tokens the model reads for a prompt and the answer's beginning, its
+            chat template included.
         length: tokens that prompt, lead and answer take together.
-        number: how many samples.
+        number: how many samples there are.
         seed: decides everything random.
 
     Raises:
-        UserError: there is no such task, it is not synthetic, no sample is asked for, or the
-            length is too short for a question.
+        UserError: there is no such task, it is not synthetic, or no sample is asked for.
     """
     known = check_task(task)
     if known not in SYNTHETIC:
@@ -66,42 +69,43 @@ def build_samples(
         )
     if number < 1:
         raise UserError(f"expected at least 1 sample of {task}, got {number}")
-    return _samples(known, count_tokens, length, number, seed)
+    max_new_tokens = MAX_NEW_TOKENS[known]
+    room = length - max_new_tokens
 
-
-def _samples(
-    task: Task, count_tokens: Callable[[str], int], length: int, number: int, seed: int
-) -> Iterator[Sample]:
-    max_new_tokens = MAX_NEW_TOKENS[task]
-    for place in range(number):
+    def question(place: int, size: int) -> Question:
         depth = place / (number - 1) if number > 1 else 0.5
+        rng = random.Random(f"{task} {seed} {place}")
+        return _question(known, rng, size, depth=depth, kind=place)
 
-        def build(size: int, place: int = place, depth: float = depth) -> Question:
-            rng = random.Random(f"{task} {seed} {place}")
-            return _question(task, rng, size, depth=depth, kind=place)
+    def fit(place: int, first: int | None) -> int:
+        def count(size: int) -> int:
+            made = question(place, size)
+            return count_tokens(made.prompt, made.lead)
 
-        def as_prompt(size: int, build: Callable[[int], Question] = build) -> Prompt:
-            question = build(size)
-            return Prompt(text=question.prompt, answer=question.answers[0], lead=question.lead)
-
-        lead = build(1).lead
-        room = length - max_new_tokens - (count_tokens(lead) - count_tokens("") if lead else 0)
         try:
-            prompt = fit_prompt(as_prompt, count_tokens, room)
+            return fit_size(count, room, first=first)
         except UserError as error:
             raise UserError(
-                f"{task} cannot be made of {length} tokens, {length - room} of which lead and "
-                f"answer take: {error}"
+                f"{task} cannot be made of {length} tokens, {max_new_tokens} of which the answer "
+                f"may take: {error}"
             ) from error
-        yield Sample(
-            name=f"{task}-{length}-{place}",
+
+    # Sizes of all samples are near that of the first.
+    near = functools.cache(lambda: fit(0, None))
+
+    def make(place: int) -> Sample:
+        made = question(place, fit(place, near()))
+        return Sample(
+            name=sample_name(task, length, place),
             task=task,
             length=length,
-            prompt=prompt.text,
-            lead=prompt.lead,
-            answers=(prompt.answer,),
+            prompt=made.prompt,
+            lead=made.lead,
+            answers=made.answers,
             max_new_tokens=max_new_tokens,
         )
+
+    return make
 
 
 def _question(task: Task, rng: random.Random, size: int, *, depth: float, kind: int) -> Question:

@@ -13,51 +13,51 @@ _PROMPTS: dict[Task, tuple[str, str]] = {
     "passkey": (
         "Somewhere in a lot of irrelevant text there is important information. Find it and "
         "memorize it. I will ask you about it.\n\n{context}\n\n{asked}",
-        "The pass key is",
+        "\n\nThe pass key is",
     ),
     "number_string": (
         "Somewhere in a lot of irrelevant text there is important information. Find it. "
         "I will ask you about it.\n\n{context}\n\n{asked}",
-        "The sequence of digits is",
+        "\n\nThe sequence of digits is",
     ),
     "kv_retrieval": (
         "Find the value of the specified key in the JSON object below.\n\n{context}\n\n{asked}",
         "",
     ),
-    "longbook_sum_eng": ("Summarize the following book.\n\n{context}", "Summary:"),
+    "longbook_sum_eng": ("Summarize the following book.\n\n{context}", "\n\nSummary:"),
     "longbook_choice_eng": (
         "Read the book and answer the question.\n\n{context}\n\nQuestion: {asked}\n{choices}",
-        "The letter of the correct answer is",
+        "\n\nThe letter of the correct answer is",
     ),
     "longbook_qa_eng": (
         "Read the book and answer the question as concisely as you can.\n\n{context}\n\n"
         "Question: {asked}",
-        "Answer:",
+        "\nAnswer:",
     ),
     "longbook_qa_chn": (
         "请阅读下面的书，然后简短地回答问题。\n\n{context}\n\n问题：{asked}",  # noqa: RUF001
-        "答案：",  # noqa: RUF001
+        "\n答案：",  # noqa: RUF001
     ),
     "longdialogue_qa_eng": (
         "In the dialogue script below, the name of a character is replaced in one place with "
         '"$$MASK$$". Guess who that character is.\n\n{context}',
-        "The name that has been replaced with $$MASK$$ is likely",
+        "\n\nThe name that has been replaced with $$MASK$$ is likely",
     ),
     "math_find": ("What is the {named} in the following list?\n\n{context}\n\n{asked}", ""),
     "math_calc": (
         "Calculate the values of an expression after each of its operations.\n\n"
         "Expression: 1 + 3 + 4\nValues: [4, 8]\n\nExpression: 8 - 3 + 2 - 4\nValues: [5, 7, 3]\n\n"
         "Expression: {context}",
-        "Values:",
+        "\nValues:",
     ),
     "code_debug": (
         "In the following Python code exactly one function or method has a deliberate error that "
         "makes it crash.\n\n{context}\n\nOptions:\n{choices}",
-        "The correct option is:",
+        "\n\nThe correct option is:",
     ),
     "code_run": (
         "Below is Python code.\n\n{context}\n\nCompute the exact value of {named}.",
-        "The value of {named} is",
+        "\n\nThe value of {named} is",
     ),
 }
 
@@ -70,7 +70,7 @@ class Question:
         before: instruction.
         context: long text.
         after: the question itself, with options.
-        lead: how the answer begins.
+        lead: how the answer begins, with what parts it from a prompt that no chat template ends.
         answers: right answers; of tasks with options, the right one and its letter.
     """
 

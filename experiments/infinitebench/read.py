@@ -1,12 +1,13 @@
 """The data set as it is released: a JSONL file for each task."""
 
-import itertools
+import dataclasses
+import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from experiments.common.errors import UserError
+from experiments.common.errors import UserError, reported_as_user_error
 from experiments.evaluation.sample import Sample
 from experiments.infinitebench.metrics import check_metric
 from experiments.infinitebench.prompts import Question, ask
@@ -16,18 +17,36 @@ from experiments.infinitebench.tasks import (
     MAX_NEW_TOKENS,
     Task,
     check_task,
+    sample_name,
 )
 from experiments.infinitebench.truncate import truncated_prompt
 from models.common.tokenizer import Tokenizer
 
 
-def check_file(path: Path, task: str, number: int | None = None) -> int:
-    """Returns how many samples `read_samples` will read, which needs no model to know.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Released:
+    """A released file that was checked.
+
+    Attributes:
+        path: the file.
+        task: its task.
+        starts: where each sample's line begins, in bytes.
+        sha256: of the whole file.
+    """
+
+    path: Path
+    task: Task
+    starts: tuple[int, ...]
+    sha256: str
+
+
+def check_file(path: Path, task: str, number: int | None = None) -> Released:
+    """Returns where a file's samples lie, which needs no model to know.
 
     Args:
         path: the released file of the task.
         task: name of the task.
-        number: read only the first so many, all if None.
+        number: check only the first so many samples, all if None.
 
     Raises:
         UserError: there is no such task or file, the task cannot be scored here, or a line of the
@@ -35,79 +54,84 @@ def check_file(path: Path, task: str, number: int | None = None) -> int:
     """
     known = check_task(task)
     check_metric(known)
-    count = sum(1 for _ in itertools.islice(_questions(path, known), number))
-    if not count:
+    starts, position = [], 0
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            file.seek(0)
+            for line, content in enumerate(file, 1):
+                if len(starts) == number:
+                    break
+                if content.strip():
+                    starts.append(position)
+                    try:
+                        _question(known, content)
+                    except UserError as error:
+                        raise UserError(f"{path}, line {line}: {error}") from error
+                position += len(content)
+    except OSError as error:
+        raise UserError(
+            f"cannot read {path}: {error.strerror or error}; {task} needs {task}.jsonl of the data "
+            "set xinrongzhang2022/InfiniteBench"
+        ) from error
+    if not starts:
         raise UserError(f"{path} holds no sample of {task}")
-    return count
+    return Released(path=path, task=known, starts=tuple(starts), sha256=digest)
 
 
-def read_samples(
-    path: Path,
-    task: str,
+def read_sample(
+    released: Released,
+    place: int,
     *,
     tokenizer: Tokenizer,
-    count_tokens: Callable[[str], int],
+    count_tokens: Callable[[str, str], int],
     length: int,
-    number: int | None = None,
-) -> Iterator[Sample]:
-    """Yields the samples of a released file; `check_file` first says whether it can be used.
+) -> Sample:
+    """Returns one sample of a released file.
 
     Args:
-        path: the released file of the task.
-        task: name of the task.
+        released: the file.
+        place: of the sample in it.
         tokenizer: the model's.
-        count_tokens: how many tokens the model reads for a text, its chat template included.
+        count_tokens: how many tokens the model reads for a prompt and the answer's beginning, its
+            chat template included.
         length: tokens that prompt, lead and answer may take together. Of a prompt that takes more,
             the middle of its long text is left out.
-        number: read only the first so many, all if None.
 
     Raises:
-        UserError: as `check_file`, or the question alone is longer than `length`.
+        UserError: the file has changed, or the question alone is longer than `length`.
     """
-    known = check_task(task)
-    max_new_tokens = MAX_NEW_TOKENS[known]
+    task = released.task
+    max_new_tokens = MAX_NEW_TOKENS[task]
 
     def token_spans(text: str) -> list[tuple[int, int]]:
         return tokenizer.backend.encode(text, add_special_tokens=False).offsets
 
-    for place, question in enumerate(itertools.islice(_questions(path, known), number)):
-        yield Sample(
-            name=f"{task}-{length}-{place}",
-            task=task,
-            length=length,
-            prompt=truncated_prompt(
-                question,
-                token_spans=token_spans,
-                count_tokens=count_tokens,
-                room=length - max_new_tokens,
-            ),
-            lead=question.lead,
-            answers=question.answers,
-            max_new_tokens=max_new_tokens,
-        )
+    with reported_as_user_error(OSError), released.path.open("rb") as file:
+        file.seek(released.starts[place])
+        question = _question(task, file.readline())
+    prompt = truncated_prompt(
+        question,
+        token_spans=token_spans,
+        count_tokens=count_tokens,
+        room=length - max_new_tokens,
+    )
+    return Sample(
+        name=sample_name(task, length, place),
+        task=task,
+        length=length,
+        prompt=prompt,
+        lead=question.lead,
+        answers=question.answers,
+        max_new_tokens=max_new_tokens,
+    )
 
 
-def _questions(path: Path, task: Task) -> Iterator[Question]:
+def _question(task: Task, line: bytes) -> Question:
     try:
-        with path.open(encoding="utf-8") as lines:
-            for line, text in enumerate(lines, 1):
-                if text.strip():
-                    try:
-                        yield _question(task, text)
-                    except UserError as error:
-                        raise UserError(f"{path}, line {line}: {error}") from error
+        record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error}); download it again") from error
-    except OSError as error:
-        raise UserError(
-            f"cannot read {path}: {error.strerror or error}; expected {task}.jsonl of the data set "
-            "xinrongzhang2022/InfiniteBench"
-        ) from error
-
-
-def _question(task: Task, text: str) -> Question:
-    try:
-        record = json.loads(text)
+        raise UserError(f"not UTF-8 text ({error}); download the file again") from error
     except json.JSONDecodeError as error:
         raise UserError(f"not JSON ({error}); download the file again") from error
     if not isinstance(record, dict):

@@ -48,3 +48,8 @@ def check_task(name: str) -> Task:
         if task == name:
             return task
     raise UserError(f"InfiniteBench has no task {name!r}; its tasks are: {', '.join(TASKS)}")
+
+
+def sample_name(task: str, length: int, place: int) -> str:
+    """Returns the name of a sample."""
+    return f"{task}-{length}-{place}"

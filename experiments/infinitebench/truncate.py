@@ -12,7 +12,7 @@ def truncated_prompt(
     question: Question,
     *,
     token_spans: Callable[[str], Spans],
-    count_tokens: Callable[[str], int],
+    count_tokens: Callable[[str, str], int],
     room: int,
 ) -> str:
     """Returns the prompt, without the middle of its context where the whole does not fit.
@@ -23,19 +23,19 @@ def truncated_prompt(
     Args:
         question: the question.
         token_spans: where each token of a text begins and ends, in characters.
-        count_tokens: how many tokens the model reads for a text, with what is put around it.
+        count_tokens: how many tokens the model reads for a prompt and the answer's beginning, with
+            what is put around them.
         room: tokens that prompt and lead may take.
 
     Raises:
         UserError: there is no room for instruction and question.
     """
-    around = count_tokens("")
-    lead = count_tokens(question.lead) - around if question.lead else 0
-    excess = count_tokens(question.prompt) + lead - room
+    around = count_tokens("", "")
+    excess = count_tokens(question.prompt, question.lead) - room
     if excess <= 0:
         return question.prompt
-    before = count_tokens(question.before) - around
-    after = count_tokens(question.after) - around + lead
+    before = count_tokens(question.before, "") - around
+    after = count_tokens(question.after, question.lead) - around
     spans = token_spans(question.context)
     kept = len(spans) - excess
     while kept >= 0:
@@ -43,7 +43,7 @@ def truncated_prompt(
         prompt = question.before + _ends(question.context, spans, head, kept - head)
         prompt += question.after
         # Joined texts have other tokens at the seams.
-        excess = count_tokens(prompt) + lead - room
+        excess = count_tokens(prompt, question.lead) - room
         if excess <= 0:
             return prompt
         kept -= excess

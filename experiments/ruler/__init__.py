@@ -1,14 +1,24 @@
 """RULER: 13 synthetic tasks of any length, and their scores."""
 
-from experiments.ruler.samples import Task, build_samples, missing_files, read_questions, tasks
+from experiments.ruler.samples import (
+    Task,
+    TaskName,
+    missing_files,
+    read_questions,
+    sample_maker,
+    sample_name,
+    tasks,
+)
 from experiments.ruler.scores import effective_length, score
 
 __all__ = [
     "Task",
-    "build_samples",
+    "TaskName",
     "effective_length",
     "missing_files",
     "read_questions",
+    "sample_maker",
+    "sample_name",
     "score",
     "tasks",
 ]

@@ -60,7 +60,7 @@ class Needles:
         answers = tuple(value for key in asked for value in table[key])
         match self.haystack:
             case "text":
-                context = _hide_in_text(needles, request.text, size, rng)
+                context = hide_in_text(needles, request.text, size, rng)
             case "noise":
                 context = _hide_in_lines(needles, noise_lines(size), rng)
             case "needles":
@@ -115,7 +115,8 @@ def _draw(kind: Kind, rng: random.Random) -> str:
             return str(uuid.UUID(int=rng.getrandbits(128), version=4))
 
 
-def _hide_in_text(needles: list[str], text: str, words: int, rng: random.Random) -> str:
+def hide_in_text(needles: list[str], text: str, words: int, rng: random.Random) -> str:
+    """Returns the first words of a text, with the needles in this order between its sentences."""
     passage = " ".join(text.split(maxsplit=words)[:words])
     sentences = _SENTENCE_ENDS.split(passage)
     depths = sorted(rng.sample(DEPTHS, len(needles)), reverse=True)

@@ -5,10 +5,11 @@ grow in steps, of 500 words for instance; ours are fitted to each sample, and fi
 """
 
 import dataclasses
-from collections.abc import Callable, Collection, Iterator, Mapping
+import functools
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, get_args
 
 from experiments.common.errors import UserError
 from experiments.common.prompts import LONGER_TEXT, fit_size, packaged_chapter
@@ -19,6 +20,22 @@ from experiments.ruler.frequent_words import frequent_words
 from experiments.ruler.niah import Needles
 from experiments.ruler.qa import ask_about_documents, read_hotpotqa, read_squad
 from experiments.ruler.variable_tracking import variable_tracking
+
+TaskName = Literal[
+    "niah_single_1",
+    "niah_single_2",
+    "niah_single_3",
+    "niah_multikey_1",
+    "niah_multikey_2",
+    "niah_multikey_3",
+    "niah_multivalue",
+    "niah_multiquery",
+    "vt",
+    "cwe",
+    "fwe",
+    "qa_1",
+    "qa_2",
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,6 +97,10 @@ tasks: Mapping[str, Task] = MappingProxyType(
     }
 )
 
+NO_DOWNLOAD: tuple[TaskName, ...] = tuple(
+    name for name in get_args(TaskName) if tasks[name].source is None
+)
+
 
 def missing_files(names: Collection[str], folder: Path | None) -> dict[str, str]:
     """Returns the tasks that cannot be built, each with the file that it lacks in the folder."""
@@ -106,60 +127,76 @@ def read_questions(task: str, folder: Path | None) -> Questions | None:
     return read(folder / file)
 
 
-def build_samples(
+def sample_name(task: str, length: int, index: int) -> str:
+    """Returns the name of a sample."""
+    return f"{task}-{length}-{index}"
+
+
+def sample_maker(
     task: str,
-    count_tokens: Callable[[str], int],
+    count_tokens: Callable[[str, str], int],
     length: int,
-    number: int,
     seed: int,
     text: str | None = None,
     questions: Questions | None = None,
-) -> Iterator[Sample]:
-    """Yields samples of a task whose prompt, lead and answer together take `length` tokens.
+) -> Callable[[int], Sample]:
+    """Returns what makes the numbered samples of a task, the same ones in any order.
 
-    Answers count with all tokens that they may take, as published. A text or questions that do not
-    suffice are an error: nothing is repeated.
+    Prompt, lead and answer of a sample together take `length` tokens. Answers count with all tokens
+    that they may take, as published. A text or questions that do not suffice are an error when a
+    sample is made: nothing is repeated.
 
     Args:
         task: a name of `tasks`.
-        count_tokens: how many tokens the model reads for a text.
+        count_tokens: how many tokens the model reads for a prompt and the answer's beginning.
         length: tokens wanted.
-        number: samples wanted.
         seed: with the task, the length and the number of the sample, decides all that is random.
         text: the haystack where it is text; its words are also words of `cwe`. Without one, the
             packaged chapter, about 5,400 tokens.
         questions: what `read_questions` returned for the task.
-
-    Raises:
-        UserError: the length cannot be reached, or there are fewer questions than samples.
     """
     chosen = tasks[task]
     text = packaged_chapter() if text is None else text
-    first = None
-    for index in range(number):
-        name = f"{task}-{length}-{index}"
+
+    def fit(index: int, first: int | None) -> tuple[Draft, int]:
         request = Request(
-            seed=f"{seed}-{name}", index=index, length=length, text=text, questions=questions
+            seed=f"{seed}-{sample_name(task, length, index)}",
+            index=index,
+            length=length,
+            text=text,
+            questions=questions,
         )
-        draft, first = _fit(chosen, request, count_tokens, first)
-        yield Sample(
-            name=name,
+        try:
+            return _fit(chosen, request, count_tokens, first)
+        except UserError as error:
+            raise UserError(f"{task} of {length} tokens cannot be made: {error}") from error
+
+    # Sizes of all samples are near that of the first.
+    near = functools.cache(lambda: fit(0, None)[1])
+
+    def make(index: int) -> Sample:
+        draft, _ = fit(index, near())
+        return Sample(
+            name=sample_name(task, length, index),
             task=task,
             length=length,
             prompt=draft.prompt,
-            lead=draft.lead,
+            lead=f" {draft.lead}",
             answers=draft.answers,
             max_new_tokens=chosen.max_new_tokens,
         )
 
+    return make
+
 
 def _fit(
-    task: Task, request: Request, count_tokens: Callable[[str], int], first: int | None
+    task: Task, request: Request, count_tokens: Callable[[str, str], int], first: int | None
 ) -> tuple[Draft, int]:
     """The largest draft that fits, and its size."""
 
     def count(size: int, rest: int) -> int:
-        return count_tokens(task.builder(request, size, rest).text) + task.max_new_tokens
+        draft = task.builder(request, size, rest)
+        return count_tokens(draft.prompt, f" {draft.lead}") + task.max_new_tokens
 
     size = fit_size(lambda size: count(size, 0), request.length, first=first, remedy=task.remedy)
     rest = 0

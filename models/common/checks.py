@@ -100,13 +100,36 @@ def check_compression(
         )
 
 
-def check_cache_room(cache: KVCache) -> None:
-    """Raises ValueError when a row of the cache has no room for another token."""
-    if is_concrete(cache.stored) and int(np.max(np.asarray(cache.stored))) >= cache.capacity:
+def check_cache_room(cache: KVCache, more: int = 1) -> None:
+    """Raises ValueError when a row of the cache has no room for so many more tokens."""
+    if not is_concrete(cache.stored):
+        return
+    stored = int(np.max(np.asarray(cache.stored)))
+    if stored + more > cache.capacity:
         raise ValueError(
-            f"the cache is full: its capacity is {cache.capacity} tokens and a row holds "
-            f"{int(np.max(np.asarray(cache.stored)))}; pass a larger `capacity` to `prefill`"
+            f"the cache is full: its capacity is {cache.capacity} tokens, a row holds {stored}, "
+            f"and {more} more are to be written; pass a larger `capacity` to `prefill`"
         )
+
+
+def check_extension(
+    tokens: Int[Array, "batch s"],
+    lengths: Int[Array, " batch"] | None,
+    cache: KVCache,
+    config: DecoderConfig,
+) -> None:
+    """Raises ValueError when tokens, padding included, cannot be read onto a cache."""
+    check_prompt(tokens, lengths, config)
+    rows, width = cache.lengths.shape[0], tokens.shape[1]
+    if rows != 1 or tokens.shape[0] != 1:
+        raise ValueError(
+            "tokens are read onto the cache of one row at a time, because rows end at different "
+            f"places; got {tokens.shape[0]} rows of tokens and {rows} of the cache"
+        )
+    check_cache_room(cache, width)
+    if is_concrete(cache.lengths):
+        real = width if lengths is None or not is_concrete(lengths) else int(lengths[0])
+        check_context(int(cache.lengths[0]) + real, config)
 
 
 def is_concrete(array: Any) -> bool:

@@ -27,11 +27,12 @@ from models.common.checks import (
     check_attention,
     check_cache_room,
     check_compression,
+    check_extension,
     check_prompt,
 )
 from models.common.config import DecoderConfig
 from models.common.layers import DecoderLayer, Ends
-from models.common.passes import Observe, run_decode_step, run_forward, run_prefill
+from models.common.passes import Observe, run_decode_step, run_extend, run_forward, run_prefill
 from models.common.stack import Params
 
 
@@ -143,6 +144,48 @@ def prefill(
         chunk_size=chunk_size,
         observe=observe,
         compression=compression,
+    )
+    return (logits, cache) if observe is None else (logits, cache, observed)
+
+
+def extend(
+    params: Params,
+    tokens: Int[Array, "batch s"],
+    cache: KVCache,
+    *,
+    config: DecoderConfig,
+    attention_fn: AttentionFn,
+    lengths: Int[Array, " batch"] | None = None,
+    observe: Observe | None = None,
+) -> tuple[Float[Array, "batch vocab"], KVCache] | tuple[Float[Array, "batch vocab"], KVCache, Any]:
+    """Reads more tokens onto a cache of one row: a further turn of a conversation, at once.
+
+    The cache passed in stays as it is, so several continuations can be read onto copies of it.
+
+    Args:
+        params: the tree described above.
+        tokens: one row, which follows the tokens of the cache, right-padded.
+        cache: of one row; a compression may have dropped keys, then the attention sees those kept
+            and the new ones as one sequence.
+        config: the model's hyper-parameters.
+        attention_fn: a pytree whose array leaves have a leading `[layers]` axis.
+        lengths: real tokens, all of them if None.
+        observe: called instead of each layer's attention, as in `prefill`.
+
+    Returns:
+        The logits after the last real token, fp32, and the cache that holds all real tokens; with
+        `observe` a third item: `anything`, stacked over layers.
+
+    Raises:
+        ValueError: as `forward`; for several rows; when the cache has no room for the tokens and
+            their padding (unknown, and so not told, under jit).
+    """
+    check_extension(tokens, lengths, cache, config)
+    check_attention(attention_fn, config.num_layers)
+    if lengths is None:
+        lengths = jnp.full(1, tokens.shape[1], jnp.int32)
+    logits, cache, observed = run_extend(
+        params, tokens, lengths, cache, config=config, attention_fn=attention_fn, observe=observe
     )
     return (logits, cache) if observe is None else (logits, cache, observed)
 

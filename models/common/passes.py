@@ -1,4 +1,4 @@
-"""The compiled passes behind `models.common.decoder`: whole, in chunks, and one token at a time.
+"""The compiled passes behind `models.common.decoder`: prompts whole or in chunks, then more tokens.
 
 `run_embedding` is for `models.common.capture`, which goes layer by layer, and `run_hidden` and
 `run_logits` for the rows that it keeps.
@@ -175,6 +175,34 @@ def _read_chunks(
     observed = jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1), observed)
     stored = jnp.broadcast_to(lengths[None, :], (config.num_layers, batch))
     return last, KeptKV(keys[:, :, :capacity], values[:, :, :capacity], stored), observed
+
+
+@functools.partial(jax.jit, static_argnames=("config", "observe"))
+def run_extend(params, tokens, lengths, cache, *, config, attention_fn, observe):
+    """Reads more tokens of one row onto a cache; see `models.common.decoder.extend`."""
+    observe = _call_attention if observe is None else observe
+    ends = ends_of(params, config)
+    positions = cache.lengths[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
+    cos, sin = rotation_tables(config.rope, positions, cache.rope_length)
+
+    def attend(of_layer, q, k, v, layer, state):
+        attention, stored = of_layer
+        [q_offset] = stored  # of a compressed layer, rows of the cache are no positions
+        start = (layer, 0, q_offset, 0, 0)
+        state = jax.tree.map(
+            lambda store, new: jax.lax.dynamic_update_slice(store, new[None], start), state, (k, v)
+        )
+        k, v = jax.tree.map(lambda store: store[layer], state)
+        out, seen = observe(attention, q, k, v, lengths=stored + lengths, q_offset=q_offset)
+        return out, state, seen
+
+    x, (keys, values), seen = scan_layers(
+        params, ends.embed(tokens), cos, sin, (attention_fn, cache.stored), attend,
+        (cache.keys, cache.values), config=config,
+    )  # fmt: skip
+    logits = ends.logits(_row_at(x, lengths - 1))
+    counts = (cache.stored + lengths[None, :], cache.lengths + lengths, cache.rope_length)
+    return logits, KVCache(keys, values, *counts), seen
 
 
 @functools.partial(jax.jit, static_argnames="config")

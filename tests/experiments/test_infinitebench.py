@@ -7,16 +7,16 @@ import statistics
 
 import pytest
 import tokenizers
+from tokenizers import decoders, pre_tokenizers
 from tokenizers import models as backends
-from tokenizers import pre_tokenizers
 
 from experiments.common.errors import UserError
 from experiments.infinitebench import (
     SYNTHETIC,
     TASKS,
-    build_samples,
     check_file,
-    read_samples,
+    read_sample,
+    sample_maker,
     score,
 )
 from experiments.infinitebench.tasks import MAX_NEW_TOKENS
@@ -31,17 +31,22 @@ INPUTS = {
 OPTIONS = ["first {option}", "second", "third", "fourth"]
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
+def byte_tokenizer():
     """One token for each byte, as many for a Chinese character as UTF-8 takes."""
     vocabulary = {byte: i for i, byte in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     backend = tokenizers.Tokenizer(backends.BPE(vocab=vocabulary, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
     return Tokenizer(backend=backend)
 
 
-def count_bytes(text):
-    return len(text.encode()) + TEMPLATE
+@pytest.fixture(scope="module")
+def tokenizer():
+    return byte_tokenizer()
+
+
+def count_bytes(prompt, lead=""):
+    return len((prompt + lead).encode()) + TEMPLATE
 
 
 def record(task, **changes):
@@ -65,11 +70,16 @@ def write(tmp_path, *records):
 
 
 def read(path, task, tokenizer, length=100_000, **options):
+    released = check_file(path, task, **options)
     return [
-        *read_samples(
-            path, task, tokenizer=tokenizer, count_tokens=count_bytes, length=length, **options
-        )
+        read_sample(released, place, tokenizer=tokenizer, count_tokens=count_bytes, length=length)
+        for place in range(len(released.starts))
     ]
+
+
+def made(task, length, number, seed):
+    make = sample_maker(task, count_words, length, number, seed)
+    return [make(place) for place in range(number)]
 
 
 @pytest.fixture
@@ -81,7 +91,7 @@ def with_rouge(monkeypatch):
 @pytest.mark.parametrize("task", TASKS)
 def test_a_prompt_holds_the_text_and_what_is_asked(tmp_path, tokenizer, task):
     path = write(tmp_path, record(task), record(task, context="Other text."))
-    assert check_file(path, task) == 2
+    assert len(check_file(path, task).starts) == 2
     first, second = read(path, task, tokenizer)
     assert first.name != second.name
     assert first.task == task
@@ -109,9 +119,9 @@ def test_a_prompt_holds_the_text_and_what_is_asked(tmp_path, tokenizer, task):
 
 def test_leads_name_what_is_asked(tmp_path, tokenizer):
     [sample] = read(write(tmp_path, record("code_run")), "code_run", tokenizer)
-    assert sample.lead == "The value of func_12(-3) is"
+    assert sample.lead == "\n\nThe value of func_12(-3) is"
     [sample] = read(write(tmp_path, record("passkey")), "passkey", tokenizer)
-    assert sample.lead == "The pass key is"
+    assert sample.lead == "\n\nThe pass key is"
 
 
 @pytest.mark.parametrize(
@@ -137,7 +147,7 @@ def test_the_letter_of_the_right_option(tmp_path, tokenizer, answer):
 
 def test_only_the_first_samples_are_read(tmp_path, tokenizer):
     path = write(tmp_path, record("passkey"), "", record("passkey"), "not JSON")
-    assert check_file(path, "passkey", number=2) == 2
+    assert len(check_file(path, "passkey", number=2).starts) == 2
     assert len(read(path, "passkey", tokenizer, number=2)) == 2
     with pytest.raises(UserError, match="line 4: not JSON"):
         check_file(path, "passkey")
@@ -170,7 +180,7 @@ def test_a_wrong_line_is_named(tmp_path, tokenizer, task, line, words):
 def test_unusable_files_are_told(tmp_path):
     with pytest.raises(UserError, match="no task 'novel'"):
         check_file(write(tmp_path, record("passkey")), "novel")
-    with pytest.raises(UserError, match=r"none.jsonl: No such file.*expected passkey.jsonl"):
+    with pytest.raises(UserError, match=r"none.jsonl: No such file.*passkey needs passkey.jsonl"):
         check_file(tmp_path / "none.jsonl", "passkey")
     with pytest.raises(UserError, match="holds no sample of passkey"):
         check_file(write(tmp_path, ""), "passkey")
@@ -226,32 +236,33 @@ def test_the_question_is_never_cut(tmp_path, tokenizer):
         read(path, "passkey", tokenizer, length=length - 1)
 
 
-def count_words(text):
-    return len(re.findall(r"\d{1,3}|\w+|[^\w\s]", text)) + TEMPLATE
+def count_words(prompt, lead=""):
+    return len(re.findall(r"\d{1,3}|\w+|[^\w\s]", prompt + lead)) + TEMPLATE
 
 
 @pytest.mark.parametrize("task", SYNTHETIC)
 @pytest.mark.parametrize("length", [9_000, 30_000])
 def test_made_samples_have_the_length(task, length):
-    samples = [*build_samples(task, count_words, length, 3, 0)]
+    samples = made(task, length, 3, 0)
     assert len({sample.name for sample in samples}) == 3
     for sample in samples:
-        tokens = count_words(sample.prompt + " " + sample.lead) + sample.max_new_tokens
+        tokens = count_words(sample.prompt + sample.lead) + sample.max_new_tokens
         assert 0.99 * length < tokens <= length
         assert (sample.task, sample.length) == (task, length)
 
 
 @pytest.mark.parametrize("task", SYNTHETIC)
 def test_the_seed_decides(task):
-    made = lambda seed: [*build_samples(task, count_words, 2000, 2, seed)]
-    assert made(1) == made(1)
-    assert made(1)[0].prompt != made(2)[0].prompt
-    assert made(1)[0].answers != made(1)[1].answers
+    first, second = made(task, 2000, 2, 1)
+    make = sample_maker(task, count_words, 2000, 2, 1)
+    assert [make(1), make(0)] == [second, first]
+    assert first.prompt != made(task, 2000, 2, 2)[0].prompt
+    assert first.answers != second.answers
 
 
 @pytest.mark.parametrize("task", SYNTHETIC)
 def test_the_answer_is_in_the_prompt_and_scores_one(task):
-    for sample in build_samples(task, count_words, 2000, 3, 5):
+    for sample in made(task, 2000, 3, 5):
         if task != "math_find":  # a median need not be in the list
             assert sample.answers[0] in sample.prompt
         assert score(task, f" {sample.answers[0]}.", sample.answers) == 1
@@ -261,20 +272,20 @@ def test_the_answer_is_in_the_prompt_and_scores_one(task):
 def test_depths_spread_over_the_text(task):
     places = [
         sample.prompt.index(sample.answers[0]) / len(sample.prompt)
-        for sample in build_samples(task, count_words, 6000, 5, 0)
+        for sample in made(task, 6000, 5, 0)
     ]
     assert places == pytest.approx([0.03, 0.25, 0.5, 0.75, 0.97], abs=0.04)
 
 
 def test_number_strings_have_ten_digits_in_pairs():
-    for sample in build_samples("number_string", count_words, 500, 3, 0):
+    for sample in made("number_string", 500, 3, 0):
         [digits] = sample.answers
         assert digits[::2] == digits[1::2]
         assert len(digits) == 10
 
 
 def test_values_belong_to_the_keys_that_are_asked_for():
-    for sample in build_samples("kv_retrieval", count_words, 2000, 3, 0):
+    for sample in made("kv_retrieval", 2000, 3, 0):
         pairs = json.loads(re.search(r"\{.*\}", sample.prompt).group())
         key = re.search(r'Key: "(.*)"', sample.prompt).group(1)
         assert sample.answers == (pairs[key],)
@@ -283,7 +294,7 @@ def test_values_belong_to_the_keys_that_are_asked_for():
 def test_numbers_asked_for_are_right():
     order = {"": 0, "second ": 1, "third ": 2}
     kinds = set()
-    for sample in build_samples("math_find", count_words, 1500, 14, 0):
+    for sample in made("math_find", 1500, 14, 0):
         numbers = ast.literal_eval(re.search(r"\[.*\]", sample.prompt).group())
         kind = re.search(r"What is the (.*) number in", sample.prompt).group(1)
         kinds.add(kind)
@@ -299,10 +310,10 @@ def test_numbers_asked_for_are_right():
 
 def test_samples_that_cannot_be_made_are_told():
     with pytest.raises(UserError, match=r"longbook_qa_eng cannot be made.*passkey, number_string"):
-        build_samples("longbook_qa_eng", count_words, 1000, 1, 0)
+        made("longbook_qa_eng", 1000, 1, 0)
     with pytest.raises(UserError, match="no task 'keys'"):
-        build_samples("keys", count_words, 1000, 1, 0)
+        made("keys", 1000, 1, 0)
     with pytest.raises(UserError, match="at least 1 sample of passkey, got 0"):
-        build_samples("passkey", count_words, 1000, 0, 0)
+        made("passkey", 1000, 0, 0)
     with pytest.raises(UserError, match="passkey cannot be made of 40 tokens"):
-        next(build_samples("passkey", count_words, 40, 1, 0))
+        made("passkey", 40, 1, 0)

@@ -1,0 +1,1 @@
+"""Several questions about one context, in the manner of SCBench (Li et al. 2024)."""
