@@ -86,7 +86,7 @@ def evaluate(
         UserError: an input cannot be used, or the folder holds another run.
     """
     folder, methods = config.folder, parse_methods(config.methods)
-    _check_chunks(methods, config.model.chunk_size)
+    check_chunks(methods, config.model.chunk_size)
     check_writable(folder, folder=True)
     claim(folder, {"kind": config.kind, **settings_of(config, free=_FREE), **settings})
     folders = claim_methods(folder, methods)
@@ -120,7 +120,8 @@ def evaluate(
     return found
 
 
-def _check_chunks(methods: Sequence[Method], chunk_size: int | None) -> None:
+def check_chunks(methods: Sequence[Method], chunk_size: int | None) -> None:
+    """Raises UserError if prompts in chunks are to be compressed."""
     for method in methods:
         if chunk_size is not None and method.kept is not None:
             raise UserError(

@@ -57,18 +57,15 @@ class InfiniteBench(Evaluation):
             f"{task}_sha256": "made" if file is None else file.sha256
             for task, file in files.items()
         }
-        # The one place that knows of a single method: labels to their scores.
-        scores = {
-            self.attention.describe(): evaluate(
-                self,
-                settings=sources,
-                drafts=functools.partial(
-                    drafts, files=files, length=self.length, samples=self.samples, seed=self.seed,
-                    chat=self.chat,
-                ),
-                metric=metric,
-            )
-        }  # fmt: skip
+        scores = evaluate(
+            self,
+            settings=sources,
+            drafts=functools.partial(
+                drafts, files=files, length=self.length, samples=self.samples, seed=self.seed,
+                chat=self.chat,
+            ),
+            metric=metric,
+        )  # fmt: skip
         console.print(task_table(scores, title=Path(self.model.model).name))
         console.print(f"written: {self.folder / 'record.jsonl'}", soft_wrap=True)
 

@@ -76,18 +76,15 @@ class Ruler(Evaluation):
         text = packaged_chapter() if self.text is None else read_book(self.text)
         questions = {task: self._questions(task) for task in chosen}
         lengths = sorted(self.lengths)
-        # The one place that knows of a single method: labels to their scores.
-        scores = {
-            self.attention.describe(): evaluate(
-                self,
-                settings={"tasks": chosen, "text_sha256": _sha256(text), **self._digests(chosen)},
-                drafts=functools.partial(
-                    drafts, questions=questions, lengths=lengths, samples=self.samples, text=text,
-                    seed=self.seed, chat=self.chat,
-                ),
-                metric=metric,
-            )
-        }  # fmt: skip
+        scores = evaluate(
+            self,
+            settings={"tasks": chosen, "text_sha256": _sha256(text), **self._digests(chosen)},
+            drafts=functools.partial(
+                drafts, questions=questions, lengths=lengths, samples=self.samples, text=text,
+                seed=self.seed, chat=self.chat,
+            ),
+            metric=metric,
+        )  # fmt: skip
         for label, found in scores.items():
             console.print(grid_table(found, title=label))
             console.print(in_words(found), soft_wrap=True)

@@ -3,7 +3,6 @@
 import dataclasses
 
 from experiments.common.errors import UserError
-from experiments.common.kv_cache import CacheOptions
 from experiments.common.options import at_least
 from experiments.evaluation.options import Evaluation
 from experiments.scbench.pieces import Mode
@@ -13,7 +12,6 @@ from experiments.scbench.pieces import Mode
 class Conversing(Evaluation):
     """A command that asks several questions about one context."""
 
-    cache: CacheOptions = dataclasses.field(default_factory=CacheOptions)
     modes: tuple[Mode, ...] = ("multi_turn", "shared_context")
     """multi_turn: each question follows the right answer to the one before; shared_context: the
     context is read alone, and each question follows it."""
@@ -26,5 +24,7 @@ class Conversing(Evaluation):
         at_least("turns", self.turns, 1)
         if not self.modes or len(set(self.modes)) < len(self.modes):
             raise UserError(f"--modes must be different modes, got {self.modes}")
-        if self.cache.kv_cache is not None and self.model.chunk_size is not None:
-            raise UserError("--kv-cache needs the whole prompt at once; leave out --chunk-size")
+        if self.batch_size != 1:
+            raise UserError(
+                f"conversations are read one at a time; leave out --batch-size {self.batch_size}"
+            )

@@ -1,6 +1,7 @@
 """Answers to the turns of conversations, each read onto the cache of what came before."""
 
 import dataclasses
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,9 +14,9 @@ from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
 import minference_jax as mj
-from experiments.evaluation.folder import append_line, read_lines
+from experiments.evaluation.folder import append_lines
+from experiments.evaluation.predict import Prediction, read_predictions
 from experiments.evaluation.sample import Sample
-from experiments.evaluation.stages import Prediction
 from experiments.scbench.pieces import Mode, Turn, cut
 from minference_jax.attention import VisitedPairs
 from minference_jax.kv_cache import KVCompression
@@ -60,16 +61,25 @@ class _Sizes(NamedTuple):
 
 
 class _State(NamedTuple):
-    """What was read: logits after it, its cache, its tokens, and pairs visited and causal."""
+    """What was read: logits after it, its cache, its tokens, pairs visited and causal.
+
+    Seconds are those of the last piece.
+    """
 
     logits: Float[Array, "1 vocab"]
     cache: KVCache
     tokens: int
     pairs: Float[np.ndarray, " 2"]
+    seconds: float
 
 
 def predict(
-    folder: Path, conversations: Sequence[Sequence[Sample]], reader: Reader, *, mode: Mode
+    folder: Path,
+    conversations: Sequence[Sequence[Sample]],
+    reader: Reader,
+    *,
+    mode: Mode,
+    name: str,
 ) -> list[Prediction]:
     """Answers the turns that `predictions.jsonl` does not hold, and returns all answers.
 
@@ -81,22 +91,26 @@ def predict(
         conversations: the sample of the context and those of the turns, of each.
         reader: how they are read.
         mode: how questions are asked.
+        name: of the method, while progress is shown.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "predictions.jsonl"
-    known = {line["name"]: Prediction(**line) for line in read_lines(path)}
+    known = read_predictions(folder)
     missing = [one for one in conversations if any(turn.name not in known for turn in one[1:])]
     if missing:
         pieces = _tokenised(conversations, reader, mode)
         sizes = _sizes(conversations, pieces, reader, mode)
-        for one in tqdm(missing, f"predicting, {mode}", unit="conversation", disable=None):
+        for one in {one[0].length: one for one in missing}.values():  # compiles
+            names = {turn.name for turn in one[1:]}
+            list(_answers(one, pieces[one[0].name], names, reader, mode, sizes[one[0].length]))
+        for one in tqdm(missing, f"{name}, {mode}", unit="conversation", disable=None):
             names = {turn.name for turn in one[1:]} - known.keys()
             [context, *_] = one
             for made in _answers(
                 one, pieces[context.name], names, reader, mode, sizes[context.length]
             ):
                 known[made.name] = made
-                append_line(path, dataclasses.asdict(made))
+                append_lines(path, [dataclasses.asdict(made)])
     return [known[turn.name] for _, *turns in conversations for turn in turns]
 
 
@@ -161,6 +175,7 @@ def _answers(
 
 
 def _read_first(tokens: Tokens, reader: Reader, sizes: _Sizes, *, rope_length: int) -> _State:
+    start = time.perf_counter()
     result: Any = prefill(
         reader.model.params,
         _padded(tokens, sizes.first),
@@ -173,11 +188,13 @@ def _read_first(tokens: Tokens, reader: Reader, sizes: _Sizes, *, rope_length: i
         observe=mj.observe_density,
         compression=reader.compression,
     )
-    logits, cache, pairs = result
-    return _State(logits, cache, len(tokens), _sums(pairs))
+    logits, cache, pairs = jax.block_until_ready(result)
+    seconds = time.perf_counter() - start
+    return _State(logits, cache, len(tokens), _sums(pairs), seconds)
 
 
 def _read_onto(state: _State, tokens: Tokens, reader: Reader, sizes: _Sizes) -> _State:
+    start = time.perf_counter()
     result: Any = extend(
         reader.model.params,
         _padded(tokens, sizes.later),
@@ -187,12 +204,15 @@ def _read_onto(state: _State, tokens: Tokens, reader: Reader, sizes: _Sizes) -> 
         lengths=jnp.asarray([len(tokens)], jnp.int32),
         observe=mj.observe_density,
     )
-    logits, cache, pairs = result
-    return _State(logits, cache, state.tokens + len(tokens), state.pairs + _sums(pairs))
+    logits, cache, pairs = jax.block_until_ready(result)
+    seconds = time.perf_counter() - start
+    tokens_read, pairs_read = state.tokens + len(tokens), state.pairs + _sums(pairs)
+    return _State(logits, cache, tokens_read, pairs_read, seconds)
 
 
 def _answer(turn: Sample, state: _State, reader: Reader) -> Prediction:
     model = reader.model
+    start = time.perf_counter()
     result, _ = _decode(
         model.params,
         state.logits,
@@ -202,6 +222,8 @@ def _answer(turn: Sample, state: _State, reader: Reader) -> Prediction:
         max_new_tokens=turn.max_new_tokens,
         stop_tokens=model.tokenizer.stop_tokens,
     )
+    result = jax.block_until_ready(result)
+    seconds = time.perf_counter() - start
     new = np.asarray(result.tokens)[0, : int(result.lengths[0])].tolist()
     visited, causal = state.pairs
     return Prediction(
@@ -210,6 +232,10 @@ def _answer(turn: Sample, state: _State, reader: Reader) -> Prediction:
         prompt_tokens=state.tokens,
         new_tokens=len(new),
         density=round(float(visited / causal), 6),
+        batch=1,
+        prefill_seconds=state.seconds,
+        decode_seconds=seconds,
+        cache_bytes=state.cache.keys.nbytes + state.cache.values.nbytes,
     )
 
 

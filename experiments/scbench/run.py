@@ -5,11 +5,13 @@ from typing import Any
 
 from rich.console import Console
 
+from experiments.common.capacities import share_capacities
 from experiments.common.errors import check_writable, reported_as_user_error
 from experiments.common.fingerprint import fingerprint
+from experiments.common.methods import Method, parse_methods
 from experiments.common.session import load
-from experiments.evaluation.folder import claim, settings_of, write_record
-from experiments.evaluation.run import means
+from experiments.evaluation.folder import claim, claim_methods, settings_of, write_record
+from experiments.evaluation.run import check_chunks, means
 from experiments.evaluation.stages import Draft, Metric, Score, limited, prepare, score
 from experiments.scbench.options import Conversing
 from experiments.scbench.pieces import Mode
@@ -18,24 +20,26 @@ from models import Model
 from models.common.checks import check_context
 
 # Options that may change when a run goes on: what is there stays as it is.
-_FREE = ("output", "limit", "modes")
+_FREE = ("output", "limit", "modes", "methods", "batch_size")
 
 # Of each method and mode.
 Scores = dict[str, dict[Mode, list[Score]]]
 
 
-def readers_of(config: Conversing, model: Model) -> dict[str, Reader]:
-    """Returns each method by its label; the one place that knows where methods come from."""
-    sizes = model.config
-    kept = "" if config.cache.kv_cache is None else f", {config.cache.kv_cache}"
-    reader = Reader(
-        model=model,
-        attention=config.attention.build(num_layers=sizes.num_layers, num_heads=sizes.num_heads),
-        compression=config.cache.build(num_layers=sizes.num_layers),
-        chat=config.chat,
-        chunk_size=config.model.chunk_size,
-    )
-    return {config.attention.describe() + kept: reader}
+def readers_of(config: Conversing, methods: Sequence[Method], model: Model) -> list[Reader]:
+    """Returns what reads conversations by each method; raises UserError for another model's."""
+    sizes = model.config.num_layers, model.config.num_heads
+    attentions = share_capacities([method.attention(*sizes) for method in methods])
+    return [
+        Reader(
+            model=model,
+            attention=attention,
+            compression=method.compression(sizes[0]),
+            chat=config.chat,
+            chunk_size=config.model.chunk_size,
+        )
+        for method, attention in zip(methods, attentions, strict=True)
+    ]
 
 
 def converse(
@@ -57,12 +61,13 @@ def converse(
     Raises:
         UserError: an input cannot be used, or the folder holds another run.
     """
-    folder = config.folder
+    folder, methods = config.folder, parse_methods(config.methods)
+    check_chunks(methods, config.model.chunk_size)
     check_writable(folder, folder=True)
-    config.attention.check_readable()
     claim(folder, {"kind": config.kind, **settings_of(config, free=_FREE), **settings})
+    folders = claim_methods(folder, methods)
     model = load(config.model, Console(stderr=True))
-    readers = readers_of(config, model)
+    readers = readers_of(config, methods, model)
     claim(folder, {"model_sha256": fingerprint(model)})
     wanted = limited(drafts(model), config.limit)
     with reported_as_user_error(ValueError):
@@ -72,22 +77,19 @@ def converse(
     conversations = [samples[at : at + size] for at in range(0, len(samples), size)]
     turns = [turn for _, *asked in conversations for turn in asked]
     scores: Scores = {}
-    for label, reader in readers.items():
+    for method, reader in zip(methods, readers, strict=True):
+        found: dict[Mode, list[Score]] = {}
         for mode in config.modes:
-            place = folder / mode
-            answers = predict(place, conversations, reader, mode=mode)
-            scores.setdefault(label, {})[mode] = score(place, turns, answers, metric)
-    result = {
-        "methods": {
-            label: {
-                mode: {
-                    "means": [mean._asdict() for mean in means(found)],
-                    "scores": {one.name: one.score for one in found},
-                }
-                for mode, found in modes.items()
+            place = folders[method.label] / mode
+            answers = predict(place, conversations, reader, mode=mode, name=method.label)
+            found[mode] = score(place, turns, answers, metric)
+        result = {
+            mode: {
+                "means": [mean._asdict() for mean in means(of_mode)],
+                "scores": {one.name: one.score for one in of_mode},
             }
-            for label, modes in scores.items()
+            for mode, of_mode in found.items()
         }
-    }
-    write_record(folder, kind=config.kind, config=config, result=result)
+        write_record(folder, method, kind=config.kind, config=config, result={"modes": result})
+        scores[method.label] = found
     return scores

@@ -21,7 +21,7 @@ LENGTH = 220
 @pytest.fixture
 def argv(tiny_model, tmp_path):
     found = ["infinitebench", "--model", tiny_model, "--rope-scaling", "linear:8"]
-    found += ["--attention", "dense", "--output", str(tmp_path / "run"), "--samples", "2"]
+    found += ["--methods", "dense", "--output", str(tmp_path / "run"), "--samples", "2"]
     return [*found, "--length", str(LENGTH)]
 
 
@@ -42,14 +42,14 @@ def test_samples_are_read_or_made_and_scored_by_their_task(argv, data, tmp_path,
     folder = tmp_path / "run"
     argv += ["--tasks", "longbook_qa_eng", "passkey", "--data", str(data)]
     assert main([*argv, "--limit", "1"]) == 0
-    assert len(read_lines(folder / "predictions.jsonl")) == 2
+    assert len(read_lines(folder / "dense" / "predictions.jsonl")) == 2
     assert main(argv) == 0
     samples = {line["name"]: line for line in read_lines(folder / "samples.jsonl")}
     assert sorted(samples) == [
         *(f"longbook_qa_eng-{LENGTH}-{place}" for place in range(3)),
         *(f"passkey-{LENGTH}-{place}" for place in range(2)),
     ]
-    predictions = read_lines(folder / "predictions.jsonl")
+    predictions = read_lines(folder / "dense" / "predictions.jsonl")
     for line in predictions:
         sample = samples[line["name"]]
         fitted = LENGTH - sample["max_new_tokens"]
@@ -58,7 +58,7 @@ def test_samples_are_read_or_made_and_scored_by_their_task(argv, data, tmp_path,
     assert book["prompt"].endswith("Question: Who is 7?")
     assert 100 < book["prompt"].count("t7") < 200
     replace_lines(
-        folder / "predictions.jsonl",
+        folder / "dense" / "predictions.jsonl",
         [line | {"answer": f"{samples[line['name']]['answers'][0]} Lee"} for line in predictions],
     )
     capsys.readouterr()
@@ -76,7 +76,16 @@ def test_samples_are_read_or_made_and_scored_by_their_task(argv, data, tmp_path,
 
 
 def test_the_table_has_a_column_for_each_method():
-    of = lambda task, score: Score(name="", task=task, length=8, score=score, density=score / 2)
+    of = lambda task, score: Score(
+        name="",
+        task=task,
+        length=8,
+        score=score,
+        density=score / 2,
+        prefill_seconds=1.0,
+        decode_seconds=1.0,
+        cache_bytes=1,
+    )
     scores = {
         "dense": [of("passkey", 1.0), of("math_find", 1.0), of("math_find", 0.0)],
         "other": [of("passkey", 0.5), of("math_find", 0.0), of("math_find", 0.0)],

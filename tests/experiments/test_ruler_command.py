@@ -23,7 +23,7 @@ def argv(tiny_model, tmp_path):
     book = tmp_path / "book.txt"
     book.write_text(BOOK)
     found = ["ruler", "--model", tiny_model, "--rope-scaling", "linear:8", "--text", str(book)]
-    found += ["--attention", "dense", "--output", str(tmp_path / "run"), "--samples", "2"]
+    found += ["--methods", "dense", "--output", str(tmp_path / "run"), "--samples", "2"]
     return [*found, "--lengths", str(LENGTH), "--tasks", "niah_single_1", "niah_multivalue"]
 
 
@@ -31,7 +31,7 @@ def test_tasks_are_prepared_scored_and_drawn(argv, tmp_path, capsys):
     folder = tmp_path / "run"
     assert main(argv) == 0
     samples, predictions = (
-        read_lines(folder / f"{name}.jsonl") for name in ("samples", "predictions")
+        read_lines(folder / f"{name}.jsonl") for name in ("samples", "dense/predictions")
     )
     tasks = ("niah_single_1", "niah_multivalue")
     assert [sample["name"] for sample in samples] == [
@@ -45,7 +45,7 @@ def test_tasks_are_prepared_scored_and_drawn(argv, tmp_path, capsys):
     # Answers of another run: every value of the first task, one of four of the second.
     known = {sample["name"]: sample for sample in samples}
     replace_lines(
-        folder / "predictions.jsonl",
+        folder / "dense" / "predictions.jsonl",
         [line | {"answer": f"It is {known[line['name']]['answers'][0]}."} for line in predictions],
     )
     capsys.readouterr()
@@ -62,7 +62,16 @@ def test_tasks_are_prepared_scored_and_drawn(argv, tmp_path, capsys):
 
 
 def of(task, length, score):
-    return Score(name="", task=task, length=length, score=score, density=score / 2)
+    return Score(
+        name="",
+        task=task,
+        length=length,
+        score=score,
+        density=score / 2,
+        prefill_seconds=1.0,
+        decode_seconds=1.0,
+        cache_bytes=1,
+    )
 
 
 def test_averages_are_over_tasks_whatever_their_samples():
