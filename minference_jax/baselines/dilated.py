@@ -1,12 +1,13 @@
 """StreamingLLM with a dilated window (paper, section 4.1: "w/ dilated" and "w/ strided").
 
-A row attends to the first tokens, to a local window and, behind it, to every second token (or third,
-...). Tiles of keys cannot leave out every second key, but the sequence taken apart into those with even
-and with odd positions can: a window with gaps is a window without gaps of each of the two. The parts
-name disjoint keys and are joined by their log-sum-exps (`merged`).
+A row attends to the first tokens, to a local window and, behind it, to one in two tokens (or in
+three, ...). Tiles of keys cannot leave out every second key, but the sequence can be taken apart
+into its even and its odd positions: a window with gaps is a window without gaps of either. The
+parts name disjoint keys and are joined by their log-sum-exps (`merged`).
 """
 
 import dataclasses
+import functools
 from typing import no_type_check
 
 import jax
@@ -96,7 +97,10 @@ class DilatedStreaming:
             if size > 0 and self.global_size < k.shape[1]:
                 # Windows never see the first keys: these count once.
                 rest = (x[:, self.global_size :] for x in (k, v))
-                at = {"lengths": lengths - self.global_size, "q_offset": q_offset - self.global_size}
+                at = {
+                    "lengths": lengths - self.global_size,
+                    "q_offset": q_offset - self.global_size,
+                }
                 parts += window_attention(
                     q, *rest, first=first, size=size, stride=stride, tiling=tiling, **at
                 )
@@ -139,17 +143,22 @@ def streaming_strided(
 
 
 def merged(
-    parts: list[tuple[Float[Array, "batch q_len heads head_dim"], Float[Array, "batch heads q_len"]]],
+    parts: list[
+        tuple[Float[Array, "batch q_len heads head_dim"], Float[Array, "batch heads q_len"]]
+    ],
 ) -> Float[Array, "batch q_len heads head_dim"]:
     """Attention over the union of disjoint key sets, from the output and log-sum-exp of each.
 
     Returns:
         The output, float32; 0 for a row that sees no key of any set.
     """
-    lse = jnp.stack([lse for _, lse in parts])
-    top = jnp.max(lse, axis=0)
-    weights = jnp.exp(lse - jnp.where(jnp.isinf(top), 0.0, top))
-    total = jnp.sum(weights, axis=0)
-    weights = weights / jnp.where(total > 0.0, total, 1.0)
-    weights = jnp.moveaxis(weights, 2, 3)[..., None]
-    return sum(weight * out.astype(jnp.float32) for weight, (out, _) in zip(weights, parts, strict=True))
+    top = functools.reduce(jnp.maximum, [lse for _, lse in parts])
+    top = jnp.where(jnp.isinf(top), 0.0, top)
+    weights = [jnp.exp(lse - top) for _, lse in parts]
+    total = functools.reduce(jnp.add, weights)
+    total = jnp.where(total > 0.0, total, 1.0)
+    of_rows = lambda weight: jnp.moveaxis(weight / total, 1, 2)[..., None]
+    shares = [
+        of_rows(w) * out.astype(jnp.float32) for w, (out, _) in zip(weights, parts, strict=True)
+    ]
+    return functools.reduce(jnp.add, shares)

@@ -70,8 +70,8 @@ class StaticAttention:
     """Sparse attention whose vertical-slash heads visit the lines of another prompt.
 
     An AttentionFn. Heads of other kinds are those of `sparse`; block-sparse heads choose their
-    blocks on each prompt still. `models.common.static.static_attention` makes one from a model and a
-    calibration prompt.
+    blocks on each prompt still. `models.common.static.static_attention` makes one from a model and
+    a calibration prompt.
 
     Attributes:
         sparse: patterns and how they run; `[layers, heads]`, or one layer's `[heads]`.

@@ -1,10 +1,10 @@
 """Exact windows of keys on the block-sparse kernel, which itself masks future keys alone.
 
-A window's near end is what the kernel masks. Its far end is the same in reversed order, where the rows
-before a key become those after it. So a window is two calls that share an edge: keys from a tile's edge
-on, and, reversed, those before it. The edge of a query tile lies between the far ends of its last row
-(from there on every row sees the keys, but for future ones) and its first row (before it no key is
-future), so that a window must be two tiles long.
+A window's near end is what the kernel masks. Its far end is the same in reversed order, where the
+rows before a key become those after it. So a window is two calls that share an edge: keys from the
+edge of a tile on and, reversed, those before it. The edge of a query tile lies between the far ends
+of its last row (every row's window holds the keys from there on) and its first row itself (no key
+before it is in any row's future), so that a window must be as long as two tiles.
 """
 
 from typing import NamedTuple
@@ -43,7 +43,7 @@ def first_keys_attention(
 ) -> Part:
     """Causal attention to the first `size` keys."""
     block_q, block_kv, _ = tiling
-    first = q_offset + jnp.arange(num_q_blocks(q.shape[1], block_q)) * block_q
+    first = q_offset + jnp.arange(num_q_blocks(q.shape[1], block_q))[None, :] * block_q
     tiles = cdiv(min(size, k.shape[1]), block_kv)
     count = jnp.clip(-(-(first + block_q) // block_kv), 0, tiles)
     count = jnp.where(first < lengths[:, None], count, 0)
@@ -86,8 +86,8 @@ def window_attention(
     if not everything and size < block_q + block_kv - 1:
         raise ValueError(
             f"a window must hold at least {block_q + block_kv - 1} keys (query tiles of {block_q} "
-            f"rows and key tiles of {block_kv}), got {size}: take "
-            f"{(block_q + block_kv - 1) * stride} tokens for every {stride}. one, or more"
+            f"rows and key tiles of {block_kv}), got {size}: take at least "
+            f"{(block_q + block_kv - 1) * stride} tokens"
         )
     if everything:
         size = keys + block_q + block_kv
@@ -107,9 +107,9 @@ def window_attention(
     residue = jnp.arange(stride)[None, :]
     # A subsequence without keys has no row at or after key 0, so that its length does not matter.
     stored = jnp.maximum(-((residue - lengths[:, None]) // stride), 1).reshape(-1)
-    begin = offset + jnp.arange(rows // block_q) * block_q
-    real = (stride * begin + residue[..., None] < (lengths - first)[:, None, None])
-    real = real.reshape(-1, begin.shape[0])
+    begin = offset + jnp.arange(rows // block_q)[None, :] * block_q
+    real = stride * begin[None] + residue[..., None] < (lengths - first)[:, None, None]
+    real = real.reshape(-1, begin.shape[1])
     top = -(-(begin + block_q) // ALIGNMENT) * ALIGNMENT
     near = jnp.minimum((top - (begin + block_q - size)) // block_kv, -(-top // block_kv))
     near = jnp.maximum(near, 0)
@@ -126,10 +126,10 @@ def window_attention(
             (capacity - edge + far * block_kv)[:, ::-1], far[:, ::-1], heads,
             cdiv(block_q + block_kv, block_kv), tiling,
         )  # fmt: skip
-        backwards = (x[:, ::-1] for x in (q, k, v))
+        q, k, v = (x[:, ::-1] for x in (q, k, v))
         whole = jnp.full_like(stored, capacity)
         offset = capacity - 1 + size - offset - rows
-        out, lse = _attend(*backwards, index, whole, offset, tiling)
+        out, lse = _attend(q, k, v, index, whole, offset, tiling)
         parts.append((out[:, ::-1], lse[:, :, ::-1]))
 
     take = lambda x, axis: jax.lax.dynamic_slice_in_dim(x, moved, q_len, axis)
@@ -150,7 +150,7 @@ def _join(x: Array, stride: int, axis: int) -> Array:
 
 
 def _tiles_below(
-    top: Int[Array, "#batch num_q_blocks"] | Int[Array, " num_q_blocks"],
+    top: Int[Array, "#batch num_q_blocks"],
     count: Int[Array, "batch num_q_blocks"],
     heads: int,
     capacity: int,
@@ -159,13 +159,13 @@ def _tiles_below(
     """The index of query tiles that visit `count` adjoining key tiles, the last ending at `top`."""
     block_q, block_kv, _ = tiling
     batch, tiles = count.shape
-    spread = lambda x: jnp.broadcast_to(x.reshape(-1, 1, tiles), (batch, heads, tiles))
+    spread = lambda x: jnp.broadcast_to(x[:, None, :].astype(jnp.int32), (batch, heads, tiles))
     entries = -block_kv * (1 + jnp.arange(capacity, dtype=jnp.int32))
     return BlockSparseIndex(
         entries=jnp.broadcast_to(entries, (batch, heads, capacity)),
         begin=jnp.zeros((batch, heads, tiles), jnp.int32),
-        count=spread(count.astype(jnp.int32)),
-        origin=spread(top.astype(jnp.int32)),
+        count=spread(count),
+        origin=spread(top),
         columns=jnp.zeros((batch, heads, 0), jnp.int32),
         column_count=jnp.zeros((batch, heads), jnp.int32),
         block_q=block_q,
