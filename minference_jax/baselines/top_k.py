@@ -22,7 +22,7 @@ class TopKAttention:
     """Each row sees its `k` keys of largest exact score, and itself: an AttentionFn for analysis.
 
     It computes every score, so it is slower than dense attention; memory grows with
-    `rows` times the keys. Of equal scores the earlier key is taken.
+    `rows` times the keys. Of equal scores (to float32) the earlier key is taken.
 
     Attributes:
         k: keys of each row; the row's own comes on top where it is not among them (static).

@@ -94,6 +94,20 @@ def test_streaming_lowers_for_cuda_without_a_gpu(monkeypatch):
     assert "@mosaic_gpu_v2" in text
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("local", [0, 300])
+def test_streaming_on_a_gpu(local):
+    q_len, kv_len, offset, length = 700, 1500, 777, 1450
+    attention = mj.DilatedStreaming(global_size=50, local_size=local, dilated_size=600)
+    qkv = random_qkv(1, q_len=q_len, kv_len=kv_len, head_dim=128)
+    at = {"lengths": jnp.array([length]), "q_offset": jnp.int32(offset)}
+    out = jax.jit(attention)(*(jnp.asarray(x, jnp.bfloat16) for x in qkv), **at)
+    mask = streaming_mask(q_len, kv_len, offset, length, 50, local, 600, 1)
+    want = masked_attention(*qkv, np.broadcast_to(mask, (1, 4, *mask.shape)))
+    rows = length - offset
+    np.testing.assert_allclose(out[:, :rows].astype(jnp.float32), want[:, :rows], atol=0.02)
+
+
 @pytest.mark.usefixtures("as_users_see_it")
 def test_sizes_that_cannot_be_are_explained():
     q, k, _ = random_qkv(0, q_len=600)
