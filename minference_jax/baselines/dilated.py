@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from minference_jax.attention import attend_for_output, take_layer
 from minference_jax.baselines.pairs import CountedPairs
-from minference_jax.baselines.window import Tiling, first_keys_attention, window_attention
+from minference_jax.baselines.window import Part, Tiling, first_keys_attention, window_attention
 from pallas_kernels.block_sparse_attention.api import Implementation
 from pallas_kernels.block_sparse_attention.index import resolve_lengths
 from pallas_kernels.common.checks import check_attention_shapes, check_lengths
@@ -107,7 +107,10 @@ class DilatedStreaming:
         out = merged(parts).astype(q.dtype)
         keys = self._keys_of_rows(q_offset + jnp.arange(q.shape[1]))
         pairs = CountedPairs.of_rows(
-            keys[None, None, :], q.shape[2], lengths=lengths, q_offset=q_offset
+            keys[None, None, :],
+            functools.reduce(jnp.add, [part.executed for part in parts]),
+            lengths=lengths,
+            q_offset=q_offset,
         )
         return out, pairs
 
@@ -142,23 +145,20 @@ def streaming_strided(
     )
 
 
-def merged(
-    parts: list[
-        tuple[Float[Array, "batch q_len heads head_dim"], Float[Array, "batch heads q_len"]]
-    ],
-) -> Float[Array, "batch q_len heads head_dim"]:
+def merged(parts: list[Part]) -> Float[Array, "batch q_len heads head_dim"]:
     """Attention over the union of disjoint key sets, from the output and log-sum-exp of each.
 
     Returns:
         The output, float32; 0 for a row that sees no key of any set.
     """
-    top = functools.reduce(jnp.maximum, [lse for _, lse in parts])
+    top = functools.reduce(jnp.maximum, [part.lse for part in parts])
     top = jnp.where(jnp.isinf(top), 0.0, top)
-    weights = [jnp.exp(lse - top) for _, lse in parts]
+    weights = [jnp.exp(part.lse - top) for part in parts]
     total = functools.reduce(jnp.add, weights)
     total = jnp.where(total > 0.0, total, 1.0)
     of_rows = lambda weight: jnp.moveaxis(weight / total, 1, 2)[..., None]
     shares = [
-        of_rows(w) * out.astype(jnp.float32) for w, (out, _) in zip(weights, parts, strict=True)
+        of_rows(weight) * part.out.astype(jnp.float32)
+        for weight, part in zip(weights, parts, strict=True)
     ]
     return functools.reduce(jnp.add, shares)

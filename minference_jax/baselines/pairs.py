@@ -17,16 +17,18 @@ class CountedPairs:
     Attributes:
         visited: (query, key) pairs of real rows that were visited, each once.
         causal: those that dense attention visits.
+        executed: pairs that were computed, masked ones among them.
     """
 
     visited: Float[Array, "batch heads"]
     causal: Float[Array, "batch heads"]
+    executed: Float[Array, "batch heads"]
 
     @classmethod
     def of_rows(
         cls,
         keys: Int[Array, "#batch #heads q_len"],
-        heads: int,
+        executed: Float[Array, "batch heads"],
         *,
         lengths: Int[Array, " batch"],
         q_offset: Int[Array, ""],
@@ -34,11 +36,10 @@ class CountedPairs:
         """Sums what every row visited; rows from `lengths` on do not count."""
         position = q_offset + jnp.arange(keys.shape[2])
         real = position[None, None, :] < lengths[:, None, None]
-        shape = (lengths.shape[0], heads)
         total = lambda x: jnp.broadcast_to(
-            jnp.sum(jnp.where(real, x, 0).astype(jnp.float32), axis=2), shape
+            jnp.sum(jnp.where(real, x, 0).astype(jnp.float32), axis=2), executed.shape
         )
-        return cls(total(keys), total(position[None, None, :] + 1))
+        return cls(total(keys), total(position[None, None, :] + 1), executed)
 
     def visited_pairs(
         self,

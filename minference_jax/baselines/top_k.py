@@ -73,7 +73,8 @@ class TopKAttention:
         out, keys = jax.lax.map(one_chunk, (jnp.arange(batch * heads * chunks), parts))
         out = out.reshape(batch, heads, chunks * rows, head_dim)[:, :, :q_len]
         keys = keys.reshape(batch, heads, chunks * rows)[:, :, :q_len]
-        pairs = CountedPairs.of_rows(keys, heads, lengths=lengths, q_offset=q_offset)
+        everything = jnp.full((batch, heads), float(chunks * rows) * kv_len, jnp.float32)
+        pairs = CountedPairs.of_rows(keys, everything, lengths=lengths, q_offset=q_offset)
         return jnp.moveaxis(out, 1, 2).astype(q.dtype), pairs
 
 

@@ -27,8 +27,18 @@ class Tiling(NamedTuple):
     implementation: Implementation | None
 
 
-# An output and its log-sum-exp.
-Part = tuple[Float[Array, "batch q_len heads head_dim"], Float[Array, "batch heads q_len"]]
+class Part(NamedTuple):
+    """Attention to some of the keys.
+
+    Attributes:
+        out: output.
+        lse: log-sum-exp of the scores; -inf for a row that sees none of the keys.
+        executed: (query, key) pairs that the kernel's tiles hold.
+    """
+
+    out: Float[Array, "batch q_len heads head_dim"]
+    lse: Float[Array, "batch heads q_len"]
+    executed: Float[Array, "batch heads"]
 
 
 def first_keys_attention(
@@ -129,11 +139,18 @@ def window_attention(
         q, k, v = (x[:, ::-1] for x in (q, k, v))
         whole = jnp.full_like(stored, capacity)
         offset = capacity - 1 + size - offset - rows
-        out, lse = _attend(q, k, v, index, whole, offset, tiling)
-        parts.append((out[:, ::-1], lse[:, :, ::-1]))
+        part = _attend(q, k, v, index, whole, offset, tiling)
+        parts.append(Part(part.out[:, ::-1], part.lse[:, :, ::-1], part.executed))
 
     take = lambda x, axis: jax.lax.dynamic_slice_in_dim(x, moved, q_len, axis)
-    return [(take(_join(out, stride, 1), 1), take(_join(lse, stride, 2), 2)) for out, lse in parts]
+    return [
+        Part(
+            take(_join(part.out, stride, 1), 1),
+            take(_join(part.lse, stride, 2), 2),
+            jnp.sum(part.executed.reshape(batch, stride, heads), axis=1),
+        )
+        for part in parts
+    ]
 
 
 def _split(x: Array, stride: int) -> Array:
@@ -174,7 +191,9 @@ def _tiles_below(
 
 
 def _attend(q, k, v, index, lengths, q_offset, tiling: Tiling) -> Part:
-    return block_sparse_attention(
+    out, lse = block_sparse_attention(
         q, k, v, index, lengths=lengths, q_offset=q_offset, return_residuals=True,
         implementation=tiling.implementation,
     )  # fmt: skip
+    tiles = jnp.sum(index.count.astype(jnp.float32), axis=2)
+    return Part(out, lse, tiles * (tiling.block_q * tiling.block_kv))

@@ -9,6 +9,7 @@ import pytest
 
 import minference_jax as mj
 from minference_jax.baselines import window
+from minference_jax.search.cost import work_of
 from pallas_kernels.block_sparse_attention import mosaic_gpu
 from tests.helpers import assert_attention_close, causal_mask, masked_attention, random_qkv
 
@@ -73,8 +74,24 @@ def test_streaming_visits_exactly_its_keys(sizes, shape):
 )
 def test_the_papers_sizes(attention, keys):
     q, k, v = map(jnp.asarray, random_qkv(0, q_len=1, kv_len=10_001, heads=1, kv_heads=1))
-    count = jax.jit(lambda *qkv: mj.observe_density(attention, *qkv)[1])
-    assert count(q, k, v).visited[0, 0] == keys
+    pairs = jax.jit(lambda *qkv: attention.attend(*qkv)[1])(q, k, v)
+    assert pairs.visited[0, 0] == keys
+    # One query tile of 128 rows, and no more than two key tiles too many for each end of a part.
+    assert 128 * keys <= pairs.executed[0, 0] <= 128 * (keys + 5 * 2 * 128)
+
+
+@pytest.mark.parametrize(
+    "attention", [mj.streaming_dilated(1024, 4096), mj.TopKAttention(9)], ids=["window", "top-k"]
+)
+def test_work_is_counted_as_that_of_patterns(attention):
+    length = 1024
+    qkv = [jnp.zeros((1, length, 2, 16))] * 3
+    pairs = jax.jit(lambda *qkv: attention.attend(*qkv)[1])(*qkv)
+    work = work_of(pairs, length, None, "flops")
+    # Windows that hold everything execute dense attention's tiles; top-k every score of all rows.
+    tiles = 8 * 9 / 2 if isinstance(attention, mj.DilatedStreaming) else 8 * 8
+    np.testing.assert_array_equal(work.dense, 2 * [8 * 9 / 2 * 128**2])
+    np.testing.assert_array_equal(work.sparse, 2 * [tiles * 128**2])
 
 
 def test_streaming_lowers_for_cuda_without_a_gpu(monkeypatch):
