@@ -18,7 +18,14 @@ from minference_jax.attention import SparseAttention as SparseAttention
 from minference_jax.attention import VisitedPairs as VisitedPairs
 from minference_jax.attention import observe_density as observe_density
 from minference_jax.attention import vertical_slash_attention as vertical_slash_attention
+from minference_jax.baselines import DilatedStreaming as DilatedStreaming
 from minference_jax.baselines import InfLLM as InfLLM
+from minference_jax.baselines import StaticAttention as StaticAttention
+from minference_jax.baselines import StaticLines as StaticLines
+from minference_jax.baselines import TopKAttention as TopKAttention
+from minference_jax.baselines import static_lines as static_lines
+from minference_jax.baselines import streaming_dilated as streaming_dilated
+from minference_jax.baselines import streaming_strided as streaming_strided
 from minference_jax.configs import load_shipped as load_shipped
 from minference_jax.configs import shipped_patterns as shipped_patterns
 from minference_jax.files import load_attention as load_attention

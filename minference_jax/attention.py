@@ -108,8 +108,12 @@ class SparseAttention:
         *,
         lengths: Int[Array, " batch"] | None = None,
         q_offset: Int[Array, ""] | None = None,
+        line_scores: tuple[Array, Array] | None = None,
     ) -> tuple[Float[Array, "batch q_len heads head_dim"], BlockSparseIndex]:
         """The output and the index that was visited.
+
+        With `line_scores` (see `build_index`) vertical-slash heads choose lines by these instead of
+        estimating them from the last queries.
 
         Raises:
             ValueError: shapes disagree, the patterns are for another number of heads, or this is
@@ -136,7 +140,7 @@ class SparseAttention:
         build = lambda: build_index(
             patterns, q, k, block_q=self.block_q,
             block_kv=self.block_kv or (64 if wide else blocks), last_q=LAST_Q,
-            dense_above=self.dense_above, stagger=stagger, **at,
+            dense_above=self.dense_above, stagger=stagger, line_scores=line_scores, **at,
         )  # fmt: skip
 
         def sparse():

@@ -7,7 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from minference_jax import AdaptiveAttention, IndexedAttention, SparseAttention
+from minference_jax import (
+    AdaptiveAttention,
+    IndexedAttention,
+    SparseAttention,
+    StaticAttention,
+)
 from minference_jax.kv_cache import KVCompression
 from models.common.cache import KVCache
 from models.common.config import DecoderConfig, DynamicNTKScaling
@@ -56,7 +61,8 @@ def check_context(length: int, config: DecoderConfig) -> None:
 def check_attention(attention_fn: Any, num_layers: int) -> None:
     """Raises when `attention_fn` is no pytree of arrays with a leading `[layers]` axis."""
     # The arrays of these are for heads, so without layers they have one axis or none.
-    of_heads = isinstance(attention_fn, (AdaptiveAttention, IndexedAttention, SparseAttention))
+    kinds = (AdaptiveAttention, IndexedAttention, SparseAttention, StaticAttention)
+    of_heads = isinstance(attention_fn, kinds)
     for path, leaf in jax.tree_util.tree_leaves_with_path(attention_fn):
         name = f"`attention_fn`{jax.tree_util.keystr(path)}"
         if callable(leaf):
