@@ -9,7 +9,7 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 from urllib.parse import quote
 
 import jax
@@ -18,10 +18,10 @@ import numpy as np
 import minference_jax as mj
 from experiments.common.attention import check_size, read_attention
 from experiments.common.errors import UserError, one_line
+from experiments.common.families import FAMILIES
 from experiments.common.kv_cache import Compression, is_compression, parse_compression
 from minference_jax.files import attention_size
 from minference_jax.kv_cache import KVCompression
-from pallas_kernels.block_sparse_attention.api import Implementation
 
 Number = int | float | str
 
@@ -40,6 +40,7 @@ class Method:
             versions.
         attention: makes the attention of a model of some layers and heads.
         kept: what is kept of the prompt for decoding, everything if None.
+        whole: whether a prompt must be read whole, not in chunks.
     """
 
     family: str
@@ -47,6 +48,7 @@ class Method:
     sha256: str | None = None
     attention: Callable[[int, int], Any] = dataclasses.field(compare=False, repr=False)
     kept: Compression | None = dataclasses.field(default=None, compare=False, repr=False)
+    whole: bool = dataclasses.field(default=False, compare=False, repr=False)
 
     @property
     def slug(self) -> str:
@@ -56,31 +58,6 @@ class Method:
     def compression(self, num_layers: int) -> KVCompression | None:
         """What a model of some layers keeps of the prompt for decoding, None for everything."""
         return None if self.kept is None else self.kept.make(num_layers)
-
-
-@dataclasses.dataclass(frozen=True)
-class Family:
-    """A family of methods.
-
-    Attributes:
-        numbers: names of the numbers (or words) after the colon, and what reads each.
-        make: from these numbers to what every head gets; raises ValueError.
-        attention: from that, layers and heads to the attention of a model.
-        required: how many of the numbers must be given.
-    """
-
-    numbers: dict[str, type]
-    make: Callable[..., Any]
-    attention: Callable[[Any, int, int], Any]
-    required: int
-
-    def usage(self, name: str) -> str:
-        """How such a method is written; brackets around what may be left out."""
-        names = [word.upper() for word in self.numbers]
-        must, may = names[: self.required], names[self.required :]
-        if not must:
-            return name + "".join(f"[:{word}]" for word in may)
-        return (f"{name}:" if names else name) + ",".join(must) + "".join(f"[,{x}]" for x in may)
 
 
 def slug(label: str) -> str:
@@ -167,6 +144,7 @@ def _parse_attention(spec: str) -> Method:
         label=f"{name}:{budget}" if budget else name,
         sha256=_digest(mj.recommended_attention(1)) if name == "minference" else None,
         attention=functools.partial(family.attention, made),
+        whole=family.whole,
     )
 
 
@@ -209,100 +187,6 @@ def _shuffled(attention: Any, seed: int) -> Any:
     """The same parameters at other heads: the baseline of an assignment that means something."""
     order = np.random.default_rng(seed).permutation(math.prod(attention_size(attention)))
     return jax.tree.map(lambda x: x.reshape(-1)[order].reshape(x.shape), attention)
-
-
-def _dense(kernel: Any = None) -> mj.DenseAttention:
-    known = get_args(Implementation)
-    if kernel not in (None, *known):
-        raise ValueError(f"kernel must be one of {', '.join(known)}, got {kernel!r}")
-    return mj.DenseAttention(implementation=kernel)
-
-
-def _uniform(pattern: mj.Pattern, layers: int, heads: int) -> mj.SparseAttention:
-    return mj.SparseAttention(mj.HeadPatterns.uniform(pattern, num_layers=layers, num_heads=heads))
-
-
-def _adaptive(estimator: mj.Estimator, layers: int, heads: int) -> mj.AdaptiveAttention:
-    return mj.AdaptiveAttention(estimator).for_layers(layers)
-
-
-def _threshold(alpha: float, pooled_rows: int = 16) -> mj.BlockThreshold:
-    _check_divides("pooled_rows", pooled_rows)
-    return mj.BlockThreshold(alpha, pooled_rows=pooled_rows)
-
-
-def _block_mass(mass: float, num_columns: int = 0, rows: int = 128) -> mj.Estimator:
-    _check_divides("rows", rows)
-    blocks = mj.BlockMass(mass, rows=rows)
-    return mj.WithColumns(blocks, num_columns) if num_columns else blocks
-
-
-def _hybrid(alpha: float, num_columns: int, pooled_rows: int = 16) -> mj.Estimator:
-    return mj.WithColumns(_threshold(alpha, pooled_rows), num_columns)
-
-
-def _diagonals(num_diagonals: int, num_columns: int = 0) -> mj.Estimator:
-    diagonals = mj.BlockDiagonals(num_diagonals)
-    return mj.WithColumns(diagonals, num_columns) if num_columns else diagonals
-
-
-def _x_attention(tau: float, stride: int = 16) -> mj.Estimator:
-    _check_divides("stride", stride)
-    return mj.XAttention(tau, stride)
-
-
-def _check_divides(name: str, value: int) -> None:
-    block = mj.Layout().block_q
-    if value < 1 or block % value:
-        raise ValueError(f"{name} must divide {block}, got {value}")
-
-
-def _triangle(first_triangle: int, **sizes: int) -> tuple[int, mj.TriShape]:
-    if first_triangle < 0:
-        raise ValueError(f"first_triangle must be at least 0, got {first_triangle}")
-    return first_triangle, mj.TriShape(**sizes)
-
-
-def _mixed(made: tuple[int, mj.TriShape], layers: int, heads: int) -> mj.SparseAttention:
-    first, sizes = made
-    if first > layers:
-        raise UserError(
-            f"triangle_mix begins with layer {first}, but the model has {layers}; take less"
-        )
-    patterns = mj.triangle_mix(
-        num_layers=layers, num_heads=heads, first_triangle=first, **dataclasses.asdict(sizes)
-    )
-    return mj.SparseAttention(patterns)
-
-
-_WINDOW: dict[str, type] = {"sink_size": int, "window_size": int}
-_TRIANGLE: dict[str, type] = {**_WINDOW, "last_size": int}
-_LINES: dict[str, type] = {"vertical_size": int, "slash_size": int}
-
-FAMILIES: dict[str, Family] = {
-    # Another kernel's dense attention tells what rounding alone does.
-    "dense": Family({"kernel": str}, _dense, lambda made, *_: made, 0),
-    "minference": Family(
-        {}, lambda: None, lambda made, layers, heads: mj.recommended_attention(layers), 0
-    ),
-    "a_shape": Family(_WINDOW, mj.AShape, _uniform, 2),
-    "tri_shape": Family(_TRIANGLE, mj.TriShape, _uniform, 3),
-    "vertical_slash": Family({**_LINES, **_WINDOW}, mj.VerticalSlash, _uniform, 2),
-    "block_sparse": Family({"num_blocks": int}, mj.BlockSparse, _uniform, 1),
-    "triangle_mix": Family({"first_triangle": int, **_TRIANGLE}, _triangle, _mixed, 4),
-    "threshold": Family({"alpha": float, "pooled_rows": int}, _threshold, _adaptive, 1),
-    "hybrid": Family(
-        {"alpha": float, "num_columns": int, "pooled_rows": int}, _hybrid, _adaptive, 2
-    ),
-    "block_mass": Family(
-        {"mass": float, "num_columns": int, "rows": int}, _block_mass, _adaptive, 1
-    ),
-    "xattention": Family({"tau": float, "stride": int}, _x_attention, _adaptive, 1),
-    "flexprefill": Family(
-        {"gamma": float, "tau": float, "min_budget": int}, mj.FlexPrefill, _adaptive, 1
-    ),
-    "diagonals": Family({"num_diagonals": int, "num_columns": int}, _diagonals, _adaptive, 1),
-}
 
 
 def usage() -> str:

@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from experiments.common.quality import force_answer, score_positions
 from experiments.compare.prompts import Reading
+from minference_jax.baselines import CountedPairs
 from minference_jax.search.cost import work_of
 from models import Model
 from models.common.cache import KVCache
@@ -63,13 +64,13 @@ class Run(NamedTuple):
     Attributes:
         hidden: the stream behind the layers at the positions compared, padding after them.
         cache: of prompt and answer.
-        index: what every layer visited.
+        index: what every layer visited, or how much.
         seconds: of each run, compilation apart if `programs.compile_all` came first.
     """
 
     hidden: Float[Array, "rows embed"]
     cache: KVCache
-    index: BlockSparseIndex
+    index: BlockSparseIndex | CountedPairs
     seconds: list[float]
 
 
@@ -118,7 +119,7 @@ def run_read(
     config: DecoderConfig,
     rows: int,
     capacity: int,
-) -> tuple[Float[Array, "1 rows embed"], KVCache, BlockSparseIndex]:
+) -> tuple[Float[Array, "1 rows embed"], KVCache, BlockSparseIndex | CountedPairs]:
     """`read_hidden` with the index of every layer; it is counted apart, not while time is taken."""
     return read_hidden(
         params, tokens, config=config, attention_fn=attention, lengths=lengths,
@@ -132,7 +133,7 @@ def _keep_index(attention, q, k, v, *, lengths, q_offset):
 
 @functools.partial(jax.jit, static_argnames="length")
 def count_work(
-    index: BlockSparseIndex, lengths: Int[Array, " 1"], *, length: int
+    index: BlockSparseIndex | CountedPairs, lengths: Int[Array, " 1"], *, length: int
 ) -> dict[str, Float[Array, "layers heads"]]:
     """What each head visits and executes, as shares of dense attention; a layer at a time."""
 

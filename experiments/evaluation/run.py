@@ -121,13 +121,15 @@ def evaluate(
 
 
 def check_chunks(methods: Sequence[Method], chunk_size: int | None) -> None:
-    """Raises UserError if prompts in chunks are to be compressed."""
+    """Raises UserError if a method that needs prompts whole is to read them in chunks."""
+    if chunk_size is None:
+        return
     for method in methods:
-        if chunk_size is not None and method.kept is not None:
-            raise UserError(
-                f"--methods: {method.label} needs the whole prompt at once; leave out --chunk-size "
-                f"or +{method.kept.label}"
-            )
+        needs = f"--methods: {method.label} needs the whole prompt at once; leave out --chunk-size"
+        if method.whole:
+            raise UserError(needs)
+        if method.kept is not None:
+            raise UserError(f"{needs} or +{method.kept.label}")
 
 
 def _known(folder: Path, samples: Sequence[Sample]) -> list[Prediction]:

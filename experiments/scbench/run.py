@@ -6,7 +6,7 @@ from typing import Any
 from rich.console import Console
 
 from experiments.common.capacities import share_capacities
-from experiments.common.errors import check_writable, reported_as_user_error
+from experiments.common.errors import UserError, check_writable, reported_as_user_error
 from experiments.common.fingerprint import fingerprint
 from experiments.common.methods import Method, parse_methods
 from experiments.common.session import load
@@ -63,6 +63,11 @@ def converse(
     """
     folder, methods = config.folder, parse_methods(config.methods)
     check_chunks(methods, config.model.chunk_size)
+    for method in methods:
+        if method.whole:
+            raise UserError(
+                f"--methods: {method.label} cannot read questions onto a context; leave it out"
+            )
     check_writable(folder, folder=True)
     claim(folder, {"kind": config.kind, **settings_of(config, free=_FREE), **settings})
     folders = claim_methods(folder, methods)

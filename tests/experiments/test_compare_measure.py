@@ -117,6 +117,14 @@ def test_shares_are_those_of_the_masks(subject, measured):
     np.testing.assert_allclose(result["executed"], np.mean(executed), rtol=1e-5)
 
 
+def test_what_a_baseline_counts_itself_is_told(subject):
+    [result] = measured_by(subject, "streaming_dilated:8,510").values()
+    row, key = np.mgrid[:LENGTH, :LENGTH]
+    visited = (key <= row) & ((key < 8) | ((row - key) % 2 == 0))
+    np.testing.assert_allclose(result["visited"], visited.sum() / np.sum(key <= row), rtol=1e-5)
+    assert result["visited"] < result["executed"]
+
+
 def test_the_answer_is_that_of_teacher_forcing(subject, measured):
     tokens, answer = subject.reading.tokens, subject.reading.answer
     found = distributions(subject, "dense", [*tokens, *answer])[LENGTH - 1 : -1]

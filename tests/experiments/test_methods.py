@@ -33,6 +33,10 @@ def attention_of(spec):
         ("block_mass:0.01,512,32", "block_mass:0.01,512,32", mj.AdaptiveAttention),
         ("dense:xla", "dense:xla", mj.DenseAttention),
         ("diagonals:32", "diagonals:32", mj.AdaptiveAttention),
+        ("inf_llm:4096", "inf_llm:4096", mj.AdaptiveAttention),
+        ("streaming_dilated:8,510", "streaming_dilated:8,510", mj.DilatedStreaming),
+        ("streaming_strided:8,255,510", "streaming_strided:8,255,510", mj.DilatedStreaming),
+        ("top_k:64", "top_k:64", mj.TopKAttention),
     ],
 )
 def test_methods(spec, label, kind):
@@ -51,6 +55,17 @@ def test_sizes_reach_the_patterns():
         [[0.25], [0.25]],
         [[70], [70]],
     )
+
+
+def test_sizes_reach_the_baselines():
+    attention = attention_of("inf_llm:256,3,128")
+    found = attention.estimator
+    assert (found.n_local, found.topk, found.exc_block) == (256, 3, 128)
+    assert attention.layout.shared
+    assert [parse_method(spec).whole for spec in ("inf_llm:256", "dense")] == [True, False]
+    assert attention_of("streaming_dilated:8,600") == mj.streaming_dilated(8, 600)
+    assert attention_of("streaming_strided:8,300,600") == mj.streaming_strided(8, 300, 600)
+    assert attention_of("top_k:64") == mj.TopKAttention(64)
 
 
 def test_shuffled_patterns_are_the_same_at_other_heads(tmp_path):
@@ -138,6 +153,12 @@ def test_methods_of_one_name_are_told_apart(tmp_path):
         (["dense+snap:3"], "what follows .* must be snapkv:BUDGET, .* got snap:3"),
         (["dense+snapkv:3"], "a budget of 3"),
         (["spiral+snapkv:64"], "'spiral' is no method"),
+        (["inf_llm:100"], "n_local must be a multiple of 128, got 100"),
+        (["inf_llm:128,4,200"], "exc_block must be a multiple of 128, got 200"),
+        (["inf_llm:0"], "n_local"),
+        (["streaming_dilated:8,500"], "window_size must be at least 510, got 500"),
+        (["streaming_strided:8,200,510"], "local_size must be at least 255, got 200"),
+        (["top_k:0"], "`k` must be at least 1, got 0"),
         (["patterns:none.json+snapkv:64"], "no pattern file at none.json"),
     ],
 )

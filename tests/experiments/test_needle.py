@@ -119,6 +119,11 @@ def assert_drawn(pixels, found):
         pytest.param(["--depths", "0"], "at least 1, got 0", id="depths"),
         pytest.param(["--limit", "0"], "at least 1, got 0", id="limit"),
         pytest.param(
+            ["--methods", "inf_llm:256", "--chunk-size", "8"],
+            "inf_llm:256 needs the whole prompt at once; leave out --chunk-size",
+            id="chunks",
+        ),
+        pytest.param(
             ["--methods", "patterns:none.json"], "no pattern file at none.json", id="patterns"
         ),
     ],

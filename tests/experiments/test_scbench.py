@@ -282,6 +282,7 @@ def test_the_table_has_a_row_for_each_task_and_length(capsys):
         pytest.param(["--batch-size", "2"], "one at a time; leave out --batch-size 2", id="batch"),
         pytest.param(["--turns", "0"], "at least 1, got 0", id="turns"),
         pytest.param(["--samples", "0"], "at least 1, got 0", id="samples"),
+        pytest.param(["--methods", "inf_llm:256"], "cannot read questions onto a", id="onto"),
         pytest.param(
             ["--methods", "dense+snapkv:64", "--chunk-size", "8"],
             "leave out --chunk-size",
