@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from experiments.common.errors import reported_as_user_error
 from experiments.common.prompts import Prompt, book_prompt, fit_prompt
-from experiments.common.session import encode
+from experiments.common.session import tokens_of
 from experiments.evaluation.sample import Sample
 from experiments.evaluation.stages import Draft
 from models import Model
@@ -91,7 +91,7 @@ def _sample(
     begins = build(1).lead
 
     def count_tokens(text: str) -> int:
-        return encode(model, text, chat=chat, lead=begins, max_new_tokens=0).shape[1]
+        return len(tokens_of(model, text, chat=chat, lead=begins))
 
     with reported_as_user_error(ValueError):
         prompt = fit_prompt(build, count_tokens, length - MAX_NEW_TOKENS)

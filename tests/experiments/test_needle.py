@@ -12,6 +12,7 @@ from experiments.common.record import read_records
 from experiments.evaluation.folder import read_lines, replace_lines
 from experiments.needle.samples import drafts, needle_prompt, place_of
 from models import load_model
+from models.common.tokenizer import Tokenizer
 
 LENGTH = 300
 BOOK = "\n\n".join(
@@ -58,6 +59,20 @@ def test_a_lead_is_read_with_the_prompt_and_counts(tiny_model, lead):
     [(city, _)] = NEEDLE.findall(sample.prompt)
     assert sample.lead == (f" The special magic {city} number is: " if lead else "")
     assert len(model.tokenizer.encode(sample.prompt + sample.lead)) == 200 - 32
+
+
+def test_a_prompt_can_fill_the_context(tiny_model, monkeypatch):
+    # A token for each character, and words so uneven that prompts are tried beyond the context.
+    monkeypatch.setattr(Tokenizer, "encode", lambda self, text, **_: [3] * len(text))
+    model = load_model(
+        tiny_model, dtype=jnp.float32, rope_scaling={"rope_type": "linear", "factor": 8.0}
+    )
+    context = model.config.max_position
+    book = " ".join(["a"] * 100 + ["a" * 20] * 100)
+    [draft] = drafts(
+        model, book=book, lengths=[context], depths=[50.0], rounds=1, seed=0, chat=True, lead=False
+    )
+    assert context - 32 - 21 < len(draft.make().prompt) <= context - 32
 
 
 def test_grid_is_read_scored_and_drawn(tiny_model, tmp_path, capsys):
