@@ -135,9 +135,12 @@ def told(capsys, *argv):
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["--methods", "spiral:3"], "'spiral:3' is no method; known: dense, minference, a_shape"),
+        (
+            ["--methods", "spiral:3"],
+            "'spiral:3' is no method; known: dense[:KERNEL], ",
+        ),
         (["--methods", "a_shape:3"], "expected a_shape:SINK_SIZE,WINDOW_SIZE, got 1 numbers"),
-        (["--methods", "dense:1"], "expected dense, got 1 numbers"),
+        (["--methods", "dense:1"], "kernel must be one of mosaic_gpu, triton, xla, reference, got"),
         (["--methods", "hybrid:0.1,many"], "num_columns must be a whole number, got 'many'"),
         (["--methods", "threshold:x"], "alpha must be a number, got 'x'"),
         (["--methods", "threshold:nan"], "within 0.0..1.0, got nan"),

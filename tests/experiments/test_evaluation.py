@@ -6,6 +6,7 @@ import itertools
 import json
 import shutil
 from types import SimpleNamespace
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -28,7 +29,9 @@ from models import load_model
 from models.common.decoder import forward
 
 DENSE = DenseAttention()
-LENGTHS = (40, 90)
+LENGTHS = (40, 300)  # of one query tile, and of several
+SPARSE = "block_mass:0.9+streaming:4,36"
+METHODS = ("dense", SPARSE)
 STAGES = ("samples", "predictions", "scores")
 
 
@@ -120,22 +123,20 @@ def test_a_killed_run_ends_with_the_files_of_an_unbroken_one(whole, answerer, tm
         assert (tmp_path / name).read_bytes() == (unbroken / name).read_bytes()
 
 
-@pytest.mark.parametrize(
-    ("spec", "lengths"), [("dense", LENGTHS), ("a_shape:2,8+streaming:4,60", (300,))]
-)
-def test_answers_do_not_depend_on_the_batch(answerer, tmp_path, spec, lengths):
+@pytest.mark.usefixtures("whole")
+@pytest.mark.parametrize("spec", METHODS)
+def test_answers_do_not_depend_on_the_batch(answerer, tmp_path, spec):
     before = len(answerer.programs)
-    _, alone, _ = run_stages(tmp_path / "alone", answerer, spec=spec, lengths=lengths)
-    assert (max(one.density for one in alone) < 0.9) == (spec != "dense")
+    _, alone, _ = run_stages(tmp_path / "alone", answerer, spec=spec)
+    assert all((one.density < 0.9) == (spec != "dense") for one in alone[4:])
     between = len(answerer.programs)
-    _, together, _ = run_stages(
-        tmp_path / "together", answerer, spec=spec, lengths=lengths, batch_size=2
-    )
-    assert [one.batch for one in together] == [1, 2, 2, 2] * len(lengths)
+    _, together, _ = run_stages(tmp_path / "together", answerer, spec=spec, batch_size=2)
+    assert [one.batch for one in together] == [1, 2, 2, 2] * len(LENGTHS)
     assert [dataclasses.replace(one, batch=1) for one in together] == alone
     # A batch with a prompt too few, and one with longer answers, bring no programs of their own.
-    assert between - before == (0 if spec == "dense" else 3)
-    assert len(answerer.programs) - between == 3 * len(lengths)
+    # What is kept of a long prompt is decoded by the program of a short one.
+    new = (between - before, len(answerer.programs) - between)
+    assert new == ((0, 6) if spec == "dense" else (4, 4))
 
 
 @pytest.mark.parametrize("chunk_size", [None, 128])
@@ -143,7 +144,7 @@ def test_visited_pairs_of_long_prompts_are_counted_while_they_are_read(
     answerer, model, tmp_path, monkeypatch, chunk_size
 ):
     """Prompts in chunks, and an index too large to keep."""
-    spec = "a_shape:2,8+streaming:4,60" if chunk_size is None else "dense"
+    spec = SPARSE if chunk_size is None else "dense"
     how = {"spec": spec, "lengths": (300,), "limit": 1}
     _, [want], _ = run_stages(tmp_path / "kept", answerer, **how)
     monkeypatch.setattr(answer, "_INDEX_BYTES", 0)
@@ -154,7 +155,7 @@ def test_visited_pairs_of_long_prompts_are_counted_while_they_are_read(
 
 
 def test_what_is_kept_of_a_prompt_takes_less_memory(answerer, tmp_path):
-    _, [*_, kept], _ = run_stages(tmp_path, answerer, spec="dense+streaming:4,36", limit=1)
+    _, [*_, kept], _ = run_stages(tmp_path, answerer, spec=SPARSE, limit=1)
     bytes_of = lambda tokens: 2 * 2 * tokens * 2 * 16 * 4  # keys, values; layers; heads; float32
     assert kept.cache_bytes == bytes_of(40 + 3)
 
@@ -184,7 +185,7 @@ def test_answers_are_greedy_continuations_of_prompt_and_lead(whole, model):
     for sample, found in zip(samples, answers, strict=True):
         ids = model.tokenizer.encode(f"{sample.prompt} t7 t8")
         assert found.prompt_tokens == len(ids)
-        tokens, new = np.zeros((1, 100), np.int32), sample.max_new_tokens
+        tokens, new = np.zeros((1, LENGTHS[1] + 3), np.int32), sample.max_new_tokens
         for end in range(len(ids), len(ids) + new):
             tokens[0, :end] = ids
             logits = forward(
@@ -200,7 +201,7 @@ def test_answers_are_greedy_continuations_of_prompt_and_lead(whole, model):
 def test_a_limit_counts_samples_of_each_length_and_can_be_raised(whole, answerer, tmp_path):
     unbroken, (_, answers, _) = whole
     samples, some, _ = run_stages(tmp_path, answerer, limit=1)
-    assert [sample.name for sample in samples] == ["40 0", "90 0"]
+    assert [sample.name for sample in samples] == ["40 0", "300 0"]
     assert some == [answers[0], answers[4]]
     assert run_stages(tmp_path, answerer)[1] == answers
     assert (tmp_path / "scores.jsonl").read_bytes() == (unbroken / "scores.jsonl").read_bytes()
@@ -254,9 +255,6 @@ class Words(Evaluation):
     """A command with the samples of this file."""
 
 
-METHODS = ("dense", "dense+streaming:4,36")
-
-
 @pytest.fixture
 def loaded(answerer, monkeypatch):
     """Runs share a model and its programs."""
@@ -274,9 +272,8 @@ def evaluate(output, make=drafts, **options):
 
 def contents(output):
     """All files of a run, without what names the moment and the folder."""
-    found = {}
-    for path in output.rglob("*.*"):
-        found[str(path.relative_to(output))] = path.read_bytes()
+    files = [path for path in output.rglob("*") if path.is_file()]
+    found: dict[str, Any] = {str(path.relative_to(output)): path.read_bytes() for path in files}
     for record in read_records(output / "record.jsonl"):
         found[record["result"]["method"]] = record["result"]
     return {name: value for name, value in found.items() if name != "record.jsonl"}
