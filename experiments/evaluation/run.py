@@ -53,6 +53,10 @@ class Mean(NamedTuple):
 
 _AVERAGED = Mean._fields[3:]
 
+# Letters of a table's column of a method, and of all that is before it.
+_METHOD_WIDTH = 10
+_FIRST_WIDTH = 45
+
 # Costs as they are shown.
 _COSTS: dict[str, Callable[[list[Score]], str]] = {
     "pairs visited, %": lambda group: f"{100 * _average(group, 'density'):.1f}",
@@ -156,8 +160,7 @@ def table(scores: dict[str, list[Score]], *, title: str) -> Table:
     found.add_column("score, %", no_wrap=True)
     for name in ("tokens", "samples"):
         found.add_column(name, justify="right", no_wrap=True)
-    for label in scores:
-        found.add_column(label, justify="right", overflow="fold")
+    add_methods(found, list(scores))
     of_methods = [means(of_method) for of_method in scores.values()]
     for row in zip(*of_methods, strict=True):
         cells = (f"{100 * mean.score:.1f}" for mean in row)
@@ -169,6 +172,17 @@ def table(scores: dict[str, list[Score]], *, title: str) -> Table:
             groups = [[one for one in each if one.length == length] for each in scores.values()]
             found.add_row(name, f"{length:,}", str(len(groups[0])), *map(cell, groups))
     return found
+
+
+def add_methods(found: Table, labels: Sequence[str]) -> None:
+    """Adds a column for each method to a table; long labels take several lines."""
+    for label in labels:
+        found.add_column(label, justify="right", overflow="fold", min_width=_METHOD_WIDTH)
+
+
+def make_room(console: Console, methods: int) -> None:
+    """Makes lines long enough for such a table: a figure cut short would be lost."""
+    console.width = max(console.width, _FIRST_WIDTH + (_METHOD_WIDTH + 3) * methods)
 
 
 def _average(scores: Sequence[Score], name: str) -> float:

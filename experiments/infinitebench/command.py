@@ -13,7 +13,7 @@ from experiments.common.errors import UserError
 from experiments.common.options import OptionalInt, OptionalPath, at_least
 from experiments.common.session import tokens_of
 from experiments.evaluation.options import Evaluation
-from experiments.evaluation.run import evaluate, means
+from experiments.evaluation.run import add_methods, evaluate, make_room, means
 from experiments.evaluation.sample import Sample
 from experiments.evaluation.stages import Draft, Score
 from experiments.infinitebench.build import sample_maker
@@ -66,6 +66,7 @@ class InfiniteBench(Evaluation):
             ),
             metric=metric,
         )  # fmt: skip
+        make_room(console, len(scores))
         console.print(task_table(scores, title=Path(self.model.model).name))
         console.print(f"written: {self.folder / 'record.jsonl'}", soft_wrap=True)
 
@@ -137,8 +138,7 @@ def task_table(scores: Mapping[str, Sequence[Score]], *, title: str) -> Table:
     """Returns mean scores in percent: tasks down, methods across, averages below."""
     columns = {label: means(found) for label, found in scores.items()}
     table = Table("score, %", "tokens", "samples", title=title)
-    for label in columns:
-        table.add_column(label, justify="right")
+    add_methods(table, list(columns))
     for row in zip(*columns.values(), strict=True):
         first = row[0]
         table.add_row(

@@ -13,7 +13,7 @@ from experiments.common.methods import slug
 from experiments.common.options import OptionalPath, at_least
 from experiments.common.prompts import book_of
 from experiments.evaluation.options import Evaluation
-from experiments.evaluation.run import evaluate, table
+from experiments.evaluation.run import evaluate, make_room, table
 from experiments.evaluation.stages import Score
 from experiments.needle.plot import grid_picture
 from experiments.needle.samples import MAX_NEW_TOKENS, drafts, holds_answer, sample_name
@@ -60,6 +60,7 @@ class Needle(Evaluation):
             ),
             metric=holds_answer,
         )  # fmt: skip
+        make_room(console, len(scores))
         console.print(table(scores, title=f"needles found by {Path(self.model.model).name}"))
         pictures = [
             self._draw(label, of_method, lengths, depths) for label, of_method in scores.items()

@@ -21,7 +21,7 @@ from experiments.evaluation import answer, folder, predict, run, stages
 from experiments.evaluation.answer import Answerer
 from experiments.evaluation.folder import append_lines, claim, read_lines
 from experiments.evaluation.options import Evaluation
-from experiments.evaluation.run import means, table
+from experiments.evaluation.run import make_room, means, table
 from experiments.evaluation.sample import Sample
 from experiments.evaluation.stages import Draft, Score, limited, prepare, score
 from minference_jax import DenseAttention
@@ -233,10 +233,14 @@ def test_the_table_has_a_column_for_each_method():
     other = dataclasses.replace(score, score=1.0, density=0.125)
     label = "minference+snapkv:1024"
     console = Console(width=60, file=io.StringIO())
-    found = table({"dense": [score], label: [other]}, title="")
-    console.print(found)
+    methods = {"dense": [score], label: [other], **{f"xattention:0.{n}": [score] for n in range(9)}}
+    make_room(console, len(methods))
+    console.print(table(methods, title=""))
     lines = console.file.getvalue().splitlines()
     cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines]
+    # Figures of nine more methods are whole, too.
+    assert all(cell in ("25.0", "50.0", "1.23", "0.5", "3") for row in cells for cell in row[5:])
+    cells = [row[:5] for row in cells]
     assert ["a", "4,000", "1", "25.0", "100.0"] in cells
     assert ["pairs visited, %", "4,000", "1", "50.0", "12.5"] in cells
     assert ["prefill, s", "4,000", "1", "1.23", "1.23"] in cells
