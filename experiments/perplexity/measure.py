@@ -126,7 +126,8 @@ def measure(
     dense = read(mj.DenseAttention())
     dense_hidden, _ = dense
     for label, attention in attentions.items():
-        hidden, pairs = dense if isinstance(attention, mj.DenseAttention) else read(attention)
+        # Another kernel's dense attention (`dense:xla`) is read like any other.
+        hidden, pairs = dense if attention == mj.DenseAttention() else read(attention)
         # The last row's next token is not in the text.
         scored = score_positions(
             model.params, hidden[:-1], dense_hidden[:-1], ids[1:], config=model.config

@@ -110,6 +110,22 @@ def test_command_measures_what_whole_distributions_say(tiny_model, model, tmp_pa
     assert len(files) == 2
 
 
+def test_another_kernels_dense_attention_is_read_for_itself(model, monkeypatch):
+    read, seen = measure._read, []
+
+    def note(params, tokens, attention, **static):
+        seen.append(attention)
+        return read(params, tokens, attention, **static)
+
+    monkeypatch.setattr(measure, "_read", note)
+    made = {spec: parse_method(spec).attention(2, 4) for spec in ("dense", "dense:reference")}
+    tokens = np.array(model.tokenizer.encode(words(40)))
+    found = dict(measure.measure(model, made, tokens))
+    assert seen == [DenseAttention(), DenseAttention(implementation="reference")]
+    assert found["dense"]["kl"] == 0
+    assert found["dense:reference"]["nll"] == pytest.approx(found["dense"]["nll"], rel=1e-5)
+
+
 @pytest.mark.parametrize("killed_after", range(9))
 @pytest.mark.parametrize("cut", [0, 1, 30])
 def test_a_killed_run_ends_with_the_files_of_an_unbroken_one(
