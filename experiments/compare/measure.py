@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from experiments.common.quality import force_answer, score_positions
 from experiments.compare.prompts import Reading
-from minference_jax.baselines import CountedPairs
+from minference_jax.pairs import CountedPairs
 from minference_jax.search.cost import work_of
 from models import Model
 from models.common.cache import KVCache

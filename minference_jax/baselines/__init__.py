@@ -4,7 +4,6 @@ from minference_jax.baselines.dilated import DilatedStreaming as DilatedStreamin
 from minference_jax.baselines.dilated import streaming_dilated as streaming_dilated
 from minference_jax.baselines.dilated import streaming_strided as streaming_strided
 from minference_jax.baselines.inf_llm import InfLLM as InfLLM
-from minference_jax.baselines.pairs import CountedPairs as CountedPairs
 from minference_jax.baselines.static import StaticAttention as StaticAttention
 from minference_jax.baselines.static import StaticLines as StaticLines
 from minference_jax.baselines.static import static_lines as static_lines

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from minference_jax.attention import attend_for_output, take_layer
-from minference_jax.baselines.pairs import CountedPairs
 from minference_jax.baselines.window import Part, Tiling, first_keys_attention, window_attention
+from minference_jax.pairs import CountedPairs
 from pallas_kernels.block_sparse_attention.api import Implementation
 from pallas_kernels.block_sparse_attention.index import resolve_lengths
 from pallas_kernels.common.checks import check_attention_shapes, check_lengths

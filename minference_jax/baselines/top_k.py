@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from minference_jax.attention import attend_for_output, take_layer
-from minference_jax.baselines.pairs import CountedPairs
 from minference_jax.index.select import top_k_mask
+from minference_jax.pairs import CountedPairs
 from pallas_kernels.block_sparse_attention.index import resolve_lengths
 from pallas_kernels.common.checks import check_attention_shapes, check_lengths
 from pallas_kernels.common.tiling import cdiv

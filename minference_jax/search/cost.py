@@ -5,9 +5,9 @@ from typing import Literal, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from minference_jax.baselines import CountedPairs
 from minference_jax.index import dense_index
 from minference_jax.index.fallback import executed_tiles
+from minference_jax.pairs import CountedPairs
 from pallas_kernels import BlockSparseIndex
 from pallas_kernels.block_sparse_attention.index import (
     num_q_blocks,

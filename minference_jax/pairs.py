@@ -1,4 +1,4 @@
-"""What a baseline visited, where no index of tiles says it."""
+"""What an attention visited, where no index of tiles says it."""
 
 import dataclasses
 from typing import no_type_check
