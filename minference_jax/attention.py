@@ -156,6 +156,8 @@ class SparseAttention:
         break_even = self.break_even
         if break_even is None:
             break_even = 0 if self.dense_above is None else _device_break_even()
+        if fallback.too_short(*sizes, break_even):
+            return everything()
         if not fallback.in_doubt(*sizes, break_even):
             return sparse()
         return jax.lax.cond(fallback.pays(patterns, *sizes, break_even), sparse, everything)

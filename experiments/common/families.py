@@ -48,7 +48,8 @@ def _uniform(pattern: mj.Pattern, layers: int, heads: int) -> mj.SparseAttention
 
 
 def _adaptive(estimator: mj.Estimator, layers: int, heads: int) -> mj.AdaptiveAttention:
-    return mj.AdaptiveAttention(estimator).for_layers(layers)
+    # A budget that was named is what runs, at any length.
+    return mj.AdaptiveAttention(estimator, break_even=0).for_layers(layers)
 
 
 def _threshold(alpha: float, pooled_rows: int = 16) -> mj.BlockThreshold:

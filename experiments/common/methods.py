@@ -173,6 +173,8 @@ def _from_file(name: str, spec: str, *, seed: int | None = None) -> Method:
         raise UserError(
             f"--methods: {spec!r}: expected {family}:FILE with a pattern file; {error}"
         ) from error
+    if isinstance(made, mj.AdaptiveAttention):  # as for thresholds that are named
+        made = dataclasses.replace(made, break_even=0)
 
     def attention(layers: int, heads: int) -> Any:
         check_size(made, name, num_layers=layers, num_heads=heads)

@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from minference_jax.adaptive.break_even import device_break_even
 from minference_jax.adaptive.layout import Estimator, Layout
-from minference_jax.attention import attend_for_output, take_layer
+from minference_jax.attention import DenseAttention, attend_for_output, take_layer
 from minference_jax.index.dense import make_costly_dense
+from minference_jax.index.fallback import too_short
 from pallas_kernels import BlockSparseIndex, block_sparse_attention
 from pallas_kernels.block_sparse_attention.api import Implementation
 from pallas_kernels.block_sparse_attention.index import resolve_lengths
@@ -32,6 +34,10 @@ class AdaptiveAttention:
         implementation: which kernel runs; None chooses one for the default device (static).
         dense_above: a query tile that would execute more than this many times the key tiles of
             dense attention visits every key; None keeps every list (static).
+        break_even: keys up to which a layer attends densely, because estimating takes as long as it
+            could save; 0 always estimates. Where fewer queries than keys come, it is the keys of a
+            whole prompt with as many pairs. None is known for thresholds on Hopper GPUs (see
+            `device_break_even`); 0 elsewhere, and where `dense_above` is None (static).
     """
 
     estimator: Estimator
@@ -40,6 +46,7 @@ class AdaptiveAttention:
         default=None, metadata={"static": True}
     )
     dense_above: float | None = dataclasses.field(default=1.0, metadata={"static": True})
+    break_even: int | None = dataclasses.field(default=None, metadata={"static": True})
 
     def for_layers(self, num_layers: int) -> Self:
         """The attention of a model: every parameter with a leading [layers] axis.
@@ -73,12 +80,18 @@ class AdaptiveAttention:
     ) -> tuple[Float[Array, "batch q_len heads head_dim"], BlockSparseIndex]:
         """The output and the index that was visited.
 
+        Whether anything is estimated follows from the shapes alone: rows that are padding count.
+
         Raises:
             ValueError: shapes disagree, a parameter is for another number of heads or for several
                 layers, or the layout does not suit the estimator.
         """
         check_attention_shapes(q, k, v)
         check_lengths(lengths, q.shape[0], k.shape[1])
+        if self._too_short(q, k):
+            jax.eval_shape(self.estimate, q, k)  # what does not fit is told at any length
+            dense = DenseAttention(implementation=self.implementation)
+            return dense.attend(q, k, v, lengths=lengths, q_offset=q_offset)
         index = self.estimate(q, k, lengths=lengths, q_offset=q_offset)
         out = block_sparse_attention(
             q, k, v, index, lengths=lengths, q_offset=q_offset, implementation=self.implementation
@@ -93,13 +106,20 @@ class AdaptiveAttention:
         lengths: Int[Array, " batch"] | None = None,
         q_offset: Int[Array, ""] | None = None,
     ) -> BlockSparseIndex:
-        """The index alone, with the query tiles that fall back to dense."""
+        """The index alone, with the query tiles that fall back to dense; of any length."""
         kv_len = k.shape[1]
         lengths, q_offset = resolve_lengths(q.shape[0], q.shape[1], kv_len, lengths, q_offset)
         index = self.estimator(q, k, lengths=lengths, q_offset=q_offset, layout=self.layout)
         if self.dense_above is None:
             return index
         return make_costly_dense(index, self.dense_above, kv_len, q_offset=q_offset)
+
+    def _too_short(self, q, k) -> bool:
+        break_even = self.break_even
+        if break_even is None:
+            known = self.dense_above is not None
+            break_even = device_break_even(self.estimator, *q.shape[2:]) if known else 0
+        return too_short(q.shape[1], k.shape[1], break_even)
 
 
 @no_type_check

@@ -59,9 +59,14 @@ def heads_above(
     return jnp.sum(executed, axis=2) > dense_above * dense_cost
 
 
+def too_short(q_len: int, kv_len: int, break_even: int) -> bool:
+    """Whether building an index takes as long as dense attention, so that no index can pay."""
+    return _share(q_len, kv_len, break_even) >= 1.0
+
+
 def in_doubt(q_len: int, kv_len: int, break_even: int) -> bool:
     """Whether building an index takes a time that counts (2 %) beside dense attention."""
-    return break_even > 0 and _share(q_len, kv_len, break_even) > 0.02
+    return _share(q_len, kv_len, break_even) > 0.02
 
 
 def pays(patterns: HeadPatterns, q_len: int, kv_len: int, break_even: int) -> Bool[Array, ""]:

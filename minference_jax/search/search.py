@@ -1,5 +1,6 @@
 """The pattern search of one layer: every candidate's scores, and the best candidates."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import cast
@@ -100,7 +101,10 @@ def score_candidates(
     heads, kv_heads = (x.shape[2] for x in next(each(prompts))[:2])
     candidates = for_each_candidate(candidates, heads)
     patterns = isinstance(candidates, HeadPatterns)
-    attention = kernel.attention(candidates) if patterns else candidates
+    if patterns:
+        attention = kernel.attention(candidates)
+    else:  # short prompts count, too
+        attention = dataclasses.replace(candidates, break_even=0)
     measures = ("flops", "density") if density else ("flops",)
     changes, flops, *pairs = summed(
         prompts,
