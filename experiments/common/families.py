@@ -44,11 +44,12 @@ def _dense(kernel: Any = None) -> mj.DenseAttention:
 
 
 def _uniform(pattern: mj.Pattern, layers: int, heads: int) -> mj.SparseAttention:
-    return mj.SparseAttention(mj.HeadPatterns.uniform(pattern, num_layers=layers, num_heads=heads))
+    patterns = mj.HeadPatterns.uniform(pattern, num_layers=layers, num_heads=heads)
+    # A budget that was named is what runs, at any length.
+    return mj.SparseAttention(patterns, break_even=0)
 
 
 def _adaptive(estimator: mj.Estimator, layers: int, heads: int) -> mj.AdaptiveAttention:
-    # A budget that was named is what runs, at any length.
     return mj.AdaptiveAttention(estimator, break_even=0).for_layers(layers)
 
 
@@ -134,7 +135,7 @@ def _mixed(made: tuple[int, mj.TriShape], layers: int, heads: int) -> mj.SparseA
     patterns = mj.triangle_mix(
         num_layers=layers, num_heads=heads, first_triangle=first, **dataclasses.asdict(sizes)
     )
-    return mj.SparseAttention(patterns)
+    return mj.SparseAttention(patterns, break_even=0)
 
 
 _WINDOW: dict[str, type] = {"sink_size": int, "window_size": int}

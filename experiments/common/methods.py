@@ -26,7 +26,7 @@ from minference_jax.kv_cache import KVCompression
 Number = int | float | str
 
 # Families whose methods are files, not budgets.
-FROM_FILE = ("patterns", "shuffled")
+FROM_FILE = ("patterns", "shuffled", "static")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,6 +41,8 @@ class Method:
         attention: makes the attention of a model of some layers and heads.
         kept: what is kept of the prompt for decoding, everything if None.
         whole: whether a prompt must be read whole, not in chunks.
+        calibrated: seed of the prompt that the lines of `attention` are taken from, in place of
+            those of the prompt at hand; None if there is none.
     """
 
     family: str
@@ -49,6 +51,7 @@ class Method:
     attention: Callable[[int, int], Any] = dataclasses.field(compare=False, repr=False)
     kept: Compression | None = dataclasses.field(default=None, compare=False, repr=False)
     whole: bool = dataclasses.field(default=False, compare=False, repr=False)
+    calibrated: int | None = dataclasses.field(default=None, compare=False, repr=False)
 
     @property
     def slug(self) -> str:
@@ -115,13 +118,8 @@ def parse_method(spec: str) -> Method:
 
 def _parse_attention(spec: str) -> Method:
     name, _, rest = spec.partition(":")
-    if name == "patterns":
-        return _from_file(rest, spec)
-    if name == "shuffled":
-        path, _, seed = rest.rpartition(",")
-        if not (path and seed.isdecimal()):
-            path, seed = rest, "0"
-        return _from_file(path, spec, seed=int(seed))
+    if name in FROM_FILE:
+        return _from_file(name, rest, spec)
     if name not in FAMILIES:
         raise UserError(f"--methods: {spec!r} is no method; known: {usage()}")
     family = FAMILIES[name]
@@ -164,25 +162,45 @@ def _number(word: str, name: str, kind: type, spec: str) -> Number:
         raise UserError(f"--methods: {spec!r}: {name} must be {wanted}, got {word!r}") from None
 
 
-def _from_file(name: str, spec: str, *, seed: int | None = None) -> Method:
-    """What a file holds, or a shipped one; with a seed, dealt to random heads of all layers."""
-    family = "patterns" if seed is None else "shuffled"
+def _from_file(family: str, rest: str, spec: str) -> Method:
+    """What a file holds, or a shipped one; see the README for what the families make of it."""
+    name, seed = rest, None
+    if family != "patterns":
+        path, _, word = rest.rpartition(",")
+        name, seed = (path, int(word)) if path and word.isdecimal() else (rest, 0)
     try:
         made = read_attention(name)
     except UserError as error:
         raise UserError(
             f"--methods: {spec!r}: expected {family}:FILE with a pattern file; {error}"
         ) from error
-    if isinstance(made, mj.AdaptiveAttention):  # as for thresholds that are named
-        made = dataclasses.replace(made, break_even=0)
+    made = dataclasses.replace(made, break_even=0)  # as for budgets that are named
+    if family == "static":
+        _check_lines(made, spec)
 
     def attention(layers: int, heads: int) -> Any:
         check_size(made, name, num_layers=layers, num_heads=heads)
-        return made if seed is None else _shuffled(made, seed)
+        return _shuffled(made, seed or 0) if family == "shuffled" else made
 
     # A label has no folders: they are this machine's business.
     label = f"{family}:{Path(name).name}" + ("" if seed is None else f",{seed}")
-    return Method(family=family, label=label, sha256=_digest(made), attention=attention)
+    calibrated = seed if family == "static" else None
+    return Method(
+        family=family, label=label, sha256=_digest(made), attention=attention, calibrated=calibrated
+    )
+
+
+def _check_lines(attention: Any, spec: str) -> None:
+    """Raises UserError unless there are lines that another prompt could decide."""
+    if not isinstance(attention, mj.SparseAttention):
+        raise UserError(
+            f"--methods: {spec!r}: static needs a file of patterns, and this one holds thresholds"
+        )
+    if not np.any(np.asarray(attention.patterns.kind) == mj.Kind.VERTICAL_SLASH):
+        raise UserError(
+            f"--methods: {spec!r}: no head of this file is vertical_slash, so that static would be "
+            "patterns; take that"
+        )
 
 
 def _shuffled(attention: Any, seed: int) -> Any:
@@ -194,4 +212,5 @@ def _shuffled(attention: Any, seed: int) -> Any:
 def usage() -> str:
     """How all methods are written."""
     families = (family.usage(name) for name, family in FAMILIES.items())
-    return ", ".join([*families, "patterns:NAME_OR_FILE", "shuffled:NAME_OR_FILE[,SEED]"])
+    of_files = ("patterns:NAME_OR_FILE", "shuffled:NAME_OR_FILE[,SEED]")
+    return ", ".join([*families, *of_files, "static:NAME_OR_FILE[,SEED]"])

@@ -2,7 +2,7 @@
 
 import dataclasses
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +10,7 @@ import tyro
 from rich.console import Console
 from tqdm import tqdm
 
-from experiments.common.capacities import share_capacities
+from experiments.common.calibration import Attentions
 from experiments.common.errors import UserError, check_writable
 from experiments.common.fingerprint import fingerprint
 from experiments.common.methods import Method, dense, parse_whole_cache_methods, usage
@@ -75,10 +75,9 @@ class Compare:
         known = read_rows(self.record)
         model = load(self.model, progress)
         # A method for another model is told before any work.
-        sizes = model.config.num_layers, model.config.num_heads
-        made = share_capacities([method.attention(*sizes) for method in methods])
+        attentions = Attentions(methods, model, chat=self.prompt.chat)
         readings = tokenise_all(model, sources, chat=self.prompt.chat)
-        rows = self._rows(model, readings, dict(zip(methods, made, strict=True)), known)
+        rows = self._rows(model, readings, methods, attentions, known)
         console.width = max(console.width, WIDTH)  # a figure cut short would be lost
         console.print(table(rows))
         groups, paths = write_report(self.record)
@@ -94,37 +93,45 @@ class Compare:
         self,
         model: Model,
         readings: Sequence[Reading],
-        attentions: dict[Method, Any],
+        methods: Sequence[Method],
+        attentions: Attentions,
         known: dict[Point, Row],
     ) -> list[Row]:
-        """The rows of all prompts and methods; those that are not known are measured."""
+        """The rows of all prompts and methods, dense first; those not known are measured."""
         sha256 = fingerprint(model)
         answer_room = max(len(reading.answer) for reading in readings)
         wanted: list[tuple[Subject, dict[Method, Point]]] = []
+        missing: list[tuple[Subject, dict[Method, Point]]] = []
         for reading in readings:
             subject = Subject(
                 model=model, reading=reading, positions=self.positions, answer_room=answer_room,
                 repeats=self.repeats,
             )  # fmt: skip
-            points = {method: self._point(subject, method, sha256) for method in attentions}
+            points = {method: self._point(subject, method, sha256) for method in methods}
             wanted.append((subject, points))
-        missing = [
-            (subject, {method: at for method, at in points.items() if at not in known})
-            for subject, points in wanted
-        ]
-        [dense, *_] = attentions
+            lacks = lambda method, at, reading=reading: (
+                at not in known
+                or known[at].result.get("calibration") != _calibration(attentions, method, reading)
+            )
+            missing.append((subject, {x: at for x, at in points.items() if lacks(x, at)}))
+        at = lambda subject, method: attentions.at(
+            method, subject.reading.length, asks=subject.reading.asks
+        )
         compile_all(
             [
-                (subject, attentions[method])
+                (subject, at(subject, method))
                 for subject, points in missing
-                for method in (dict.fromkeys([dense, *points]) if points else ())
+                for method in (dict.fromkeys([methods[0], *points]) if points else ())
             ]
         )
         left = sum(len(points) for _, points in missing)
-        total = len(readings) * len(attentions)
+        total = len(readings) * len(methods)
         with tqdm(total=total, initial=total - left, unit="row", disable=None) as bar:
             for subject, points in missing:
-                for method, result in _measure(subject, points, attentions):
+                for method, result in _measure(subject, points, methods[0], at):
+                    made_with = _calibration(attentions, method, subject.reading)
+                    if made_with is not None:
+                        result["calibration"] = made_with
                     known[points[method]] = self._keep(points[method], result)
                     bar.set_description(f"{subject.reading.name}: {method.label}")
                     bar.update()
@@ -151,21 +158,29 @@ class Compare:
         return row_of(record)
 
 
+def _calibration(attentions: Attentions, method: Method, reading: Reading) -> dict[str, Any] | None:
+    """What the record says of the prompt that a method's lines for another come from."""
+    found = attentions.calibrations(method, [reading.length], asks=reading.asks)
+    return found[0] if found else None
+
+
 def _measure(
-    subject: Subject, methods: Collection[Method], attentions: dict[Method, Any]
+    subject: Subject,
+    methods: Collection[Method],
+    dense: Method,
+    at: Callable[[Subject, Method], Any],
 ) -> Iterator[tuple[Method, dict[str, Any]]]:
     """Figures of one method after the other; dense attention reads the prompt first, once."""
     if not methods:
         return
-    [dense, *_] = attentions
-    run = read(subject, attentions[dense])
+    run = read(subject, at(subject, dense))
     dense_hidden = run.hidden
     if dense in methods:
         yield dense, figures(subject, run, dense_hidden)
     del run  # two caches at once are not needed
     for method in methods:
         if method != dense:
-            yield method, figures(subject, read(subject, attentions[method]), dense_hidden)
+            yield method, figures(subject, read(subject, at(subject, method)), dense_hidden)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -114,6 +114,11 @@ class Reading:
     length: int
 
     @property
+    def asks(self) -> bool:
+        """Whether it asks something; a file may."""
+        return self.task == FILE or self.task in QUESTIONS
+
+    @property
     def sha256(self) -> str:
         """Of all tokens."""
         ids = np.array([len(self.tokens), *self.tokens, *self.answer], np.int32)

@@ -31,12 +31,14 @@ class Batch(NamedTuple):
         lengths: real tokens of each prompt.
         limit: tokens that an answer may take.
         room: the most tokens of any answer; batches with other limits share programs.
+        length: tokens that the prompts were made for.
     """
 
     tokens: Int[np.ndarray, "batch s"]
     lengths: Int[np.ndarray, " batch"]
     limit: int
     room: int
+    length: int
 
 
 class Answers(NamedTuple):

@@ -86,6 +86,17 @@ def claim_methods(folder: Path, methods: Iterable[Method]) -> dict[str, Path]:
     return folders
 
 
+def claim_calibrations(folder: Path, found: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Notes the calibration prompts of a method in its folder, and returns what its record says.
+
+    Raises:
+        UserError: the folder holds what was made with others.
+    """
+    found = list(found)
+    claim(folder, {f"calibration_{one['length']}": one for one in found})
+    return {"calibrations": found} if found else {}
+
+
 def settings_of(config: Any, *, free: tuple[str, ...]) -> dict[str, Any]:
     """The settings of a run that are known before its model is loaded.
 

@@ -107,7 +107,7 @@ def predict(
 ) -> list[Prediction]:
     """Answers the prompts that `predictions.jsonl` does not hold, and returns all answers.
 
-    Prompts of one width and answer's length go together; answers do not depend on which.
+    Prompts of one length and answer's length go together; answers do not depend on which.
 
     Args:
         folder: of the method.
@@ -137,9 +137,11 @@ def _batches(
     prompts: Sequence[Prompt], known: dict[str, Prediction], batch_size: int
 ) -> Iterator[tuple[list[Prompt], int]]:
     """Prompts that are answered together, and the rows of their program."""
-    groups: dict[tuple[int, int], list[Prompt]] = {}
+    groups: dict[tuple[int, int, int], list[Prompt]] = {}
     for prompt in prompts:
-        groups.setdefault((prompt.width, prompt.sample.max_new_tokens), []).append(prompt)
+        sample = prompt.sample
+        alike = prompt.width, sample.length, sample.max_new_tokens
+        groups.setdefault(alike, []).append(prompt)
     for group in groups.values():
         # A last batch with fewer prompts runs the same program.
         rows = min(batch_size, len(group))
@@ -150,13 +152,13 @@ def _batches(
 
 def _stacked(members: Sequence[Prompt], rows: int) -> Batch:
     """The prompts of a batch, right-padded; the last one again in rows that are left over."""
-    width, room = members[0].width, members[0].room
+    [first, *_] = members
     members = [*members, *[members[-1]] * (rows - len(members))]
-    tokens = np.zeros((rows, width), np.int32)
+    tokens = np.zeros((rows, first.width), np.int32)
     for row, prompt in zip(tokens, members, strict=True):
         row[: len(prompt.tokens)] = prompt.tokens
     lengths = np.array([len(prompt.tokens) for prompt in members], np.int32)
-    return Batch(tokens, lengths, members[0].sample.max_new_tokens, room)
+    return Batch(tokens, lengths, first.sample.max_new_tokens, first.room, first.sample.length)
 
 
 def _predictions(

@@ -9,13 +9,19 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from experiments.common.capacities import share_capacities
+from experiments.common.calibration import Attentions
 from experiments.common.errors import UserError, check_writable, reported_as_user_error
 from experiments.common.fingerprint import fingerprint
 from experiments.common.methods import Method, parse_methods
 from experiments.common.session import load
-from experiments.evaluation.answer import Answerer
-from experiments.evaluation.folder import claim, claim_methods, settings_of, write_record
+from experiments.evaluation.answer import Answerer, Answers, Batch
+from experiments.evaluation.folder import (
+    claim,
+    claim_calibrations,
+    claim_methods,
+    settings_of,
+    write_record,
+)
 from experiments.evaluation.options import Evaluation
 from experiments.evaluation.predict import Prediction, predict, read_predictions, tokenise
 from experiments.evaluation.sample import Sample
@@ -97,8 +103,7 @@ def evaluate(
     model = load(config.model, Console(stderr=True))
     claim(folder, {"model_sha256": fingerprint(model)})
     # A method for another model is told before any work.
-    sizes = model.config.num_layers, model.config.num_heads
-    attentions = share_capacities([method.attention(*sizes) for method in methods])
+    attentions = Attentions(methods, model, chat=config.chat)
     wanted = limited(drafts(model), config.limit)
     with reported_as_user_error(ValueError):
         check_context(max(draft.length for draft in wanted), model.config)
@@ -106,22 +111,32 @@ def evaluate(
     prompts = functools.cache(lambda: tokenise(samples, model, chat=config.chat))
     answerer = Answerer(model, chunk_size=config.model.chunk_size)
     found = {}
-    for method, attention in zip(methods, attentions, strict=True):
-        answer = functools.partial(
-            answerer, attention=attention, compression=method.compression(sizes[0])
-        )
+    lengths = [sample.length for sample in samples]
+    for method in methods:
         own = folders[method.label]
+        about = claim_calibrations(own, attentions.calibrations(method, lengths, asks=True))
         predictions = _known(own, samples) or predict(
-            own, prompts(), answer, model.tokenizer.decode, batch_size=config.batch_size,
-            name=method.label,
+            own, prompts(), _answerer(answerer, method, attentions), model.tokenizer.decode,
+            batch_size=config.batch_size, name=method.label,
         )  # fmt: skip
         found[method.label] = score(own, samples, predictions, metric)
         result = {
             "means": [mean._asdict() for mean in means(found[method.label])],
             "scores": {one.name: one.score for one in found[method.label]},
+            **about,
         }
         write_record(folder, method, kind=config.kind, config=config, result=result)
     return found
+
+
+def _answerer(
+    answerer: Answerer, method: Method, attentions: Attentions
+) -> Callable[[Batch], Answers]:
+    """Answers batches with a method."""
+    compression = method.compression(answerer.model.config.num_layers)
+    return lambda batch: answerer(
+        batch, attentions.at(method, batch.length, asks=True), compression
+    )
 
 
 def check_chunks(methods: Sequence[Method], chunk_size: int | None) -> None:
@@ -130,7 +145,7 @@ def check_chunks(methods: Sequence[Method], chunk_size: int | None) -> None:
         return
     for method in methods:
         needs = f"--methods: {method.label} needs the whole prompt at once; leave out --chunk-size"
-        if method.whole:
+        if method.whole or method.calibrated is not None:
             raise UserError(needs)
         if method.kept is not None:
             raise UserError(f"{needs} or +{method.kept.label}")

@@ -1,6 +1,7 @@
 """`minference perplexity`: how well methods predict texts of growing length, beside dense."""
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Annotated
 
@@ -8,14 +9,20 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from experiments.common.capacities import share_capacities
+from experiments.common.calibration import Attentions
 from experiments.common.errors import UserError, check_writable, reported_as_user_error
 from experiments.common.fingerprint import fingerprint
 from experiments.common.methods import parse_whole_cache_methods, usage
 from experiments.common.options import LoadOptions, OptionalInt, at_least
 from experiments.common.plotting import new_figure, save, short_tokens, wrapped
 from experiments.common.session import load
-from experiments.evaluation.folder import claim, claim_methods, settings_of, write_record
+from experiments.evaluation.folder import (
+    claim,
+    claim_calibrations,
+    claim_methods,
+    settings_of,
+    write_record,
+)
 from experiments.evaluation.options import DEFAULTS
 from experiments.perplexity.measure import Mean, means, measure_all
 from experiments.perplexity.texts import encode_texts, files_of
@@ -73,20 +80,28 @@ class Perplexity:
         folders = claim_methods(self.output, methods)
         model = load(self.model, progress)
         claim(self.output, {"model_sha256": fingerprint(model)})
-        sizes = model.config.num_layers, model.config.num_heads
-        attentions = share_capacities([method.attention(*sizes) for method in methods])
+        attentions = Attentions(methods, model, chat=False)
         longest = max(self.lengths)
         with reported_as_user_error(ValueError):
             check_context(longest, model.config)
         texts = encode_texts(
             model, files, length=longest, limit=self.limit, seed=self.seed, console=progress
         )
+        about = {
+            method: claim_calibrations(
+                folders[method.label], attentions.calibrations(method, self.lengths, asks=False)
+            )
+            for method in methods
+        }
         rows = measure_all(
             {label: folder / "rows.jsonl" for label, folder in folders.items()},
             texts,
             sorted(set(self.lengths)),
             model,
-            dict(zip(folders, attentions, strict=True)),
+            {
+                method.label: functools.partial(attentions.at, method, asks=False)
+                for method in methods
+            },
         )
         curves = {label: means(of_method) for label, of_method in rows.items()}
         console.width = max(console.width, _WIDTH)  # a figure cut short would be lost
@@ -96,6 +111,7 @@ class Perplexity:
             result = {
                 "means": [mean._asdict() for mean in curves[method.label]],
                 "rows": [dataclasses.asdict(row) for row in rows[method.label]],
+                **about[method],
             }
             write_record(self.output, method, kind="perplexity", config=self, result=result)
         for path in (picture, self.output / "record.jsonl"):

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,7 +74,7 @@ def measure_all(
     texts: Sequence[Text],
     lengths: Sequence[int],
     model: Model,
-    attentions: dict[str, Any],
+    attentions: dict[str, Callable[[int], Any]],
 ) -> dict[str, list[Row]]:
     """Measures what files of rows do not hold, and returns the rows of all texts and lengths.
 
@@ -85,7 +85,7 @@ def measure_all(
         texts: each of at least the longest length.
         lengths: tokens read.
         model: the model.
-        attentions: of each method, with a leading [layers] axis on its arrays.
+        attentions: of each method for a length, with a leading [layers] axis on its arrays.
     """
     known = {label: _read_rows(path) for label, path in paths.items()}
     wanted = {(_sha256(text.tokens[:length]), length): text for length in lengths for text in texts}
@@ -94,7 +94,7 @@ def measure_all(
     with tqdm(total=total, initial=done, unit="token", unit_scale=True, disable=None) as bar:
         for (sha256, length), text in wanted.items():
             missing = {
-                label: attentions[label]
+                label: attentions[label](length)
                 for label, rows in known.items()
                 if (sha256, length) not in rows
             }

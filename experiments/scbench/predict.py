@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,22 +39,24 @@ class Reader:
 
     Attributes:
         model: the model.
-        attention: of all pieces, with a leading [layers] axis on its arrays.
+        attention: of all pieces of conversations of a length, with a leading [layers] axis on its
+            arrays.
         compression: what is kept of the first piece, everything if None; of later ones all is.
         chat: put conversations into the chat template, if there is one.
         chunk_size: tokens of the first piece read at a time, all if None.
     """
 
     model: Model
-    attention: Any
+    attention: Callable[[int], Any]
     compression: KVCompression | None
     chat: bool
     chunk_size: int | None
 
 
 class _Sizes(NamedTuple):
-    """What a compiled program depends on: tokens of the first piece, of a later one, of a cache."""
+    """Tokens of a whole conversation, and of what is compiled: first piece, later one, cache."""
 
+    length: int
     first: int
     later: int
     capacity: int
@@ -147,7 +149,7 @@ def _sizes(
         onto = max(len(cut) - 1 for cut in cuts) if mode == "multi_turn" else 1
         new = max(turn.max_new_tokens for one in alike for turn in one)
         kept = kept_tokens(reader.compression, first)
-        sizes[length] = _Sizes(first, later, kept + onto * later + new)
+        sizes[length] = _Sizes(length, first, later, kept + onto * later + new)
     return sizes
 
 
@@ -160,8 +162,8 @@ def _answers(
     sizes: _Sizes,
 ) -> Iterator[Prediction]:
     """Answers of the turns of these names, in their order."""
-    context, *turns = conversation
-    state = _read_first(pieces[0], reader, sizes, rope_length=context.length)
+    _, *turns = conversation
+    state = _read_first(pieces[0], reader, sizes)
     start = state
     later = pieces[1:] if mode == "shared_context" else [None, *pieces[1:]]
     last = max(number for number, turn in enumerate(turns) if turn.name in names)
@@ -174,16 +176,16 @@ def _answers(
             yield _answer(turn, state, reader)
 
 
-def _read_first(tokens: Tokens, reader: Reader, sizes: _Sizes, *, rope_length: int) -> _State:
+def _read_first(tokens: Tokens, reader: Reader, sizes: _Sizes) -> _State:
     start = time.perf_counter()
     result: Any = prefill(
         reader.model.params,
         _padded(tokens, sizes.first),
         config=reader.model.config,
-        attention_fn=reader.attention,
+        attention_fn=reader.attention(sizes.length),
         lengths=jnp.asarray([len(tokens)], jnp.int32),
         capacity=sizes.capacity,
-        rope_length=jnp.asarray([rope_length], jnp.int32),
+        rope_length=jnp.asarray([sizes.length], jnp.int32),
         chunk_size=reader.chunk_size,
         observe=mj.observe_density,
         compression=reader.compression,
@@ -200,7 +202,7 @@ def _read_onto(state: _State, tokens: Tokens, reader: Reader, sizes: _Sizes) -> 
         _padded(tokens, sizes.later),
         state.cache,
         config=reader.model.config,
-        attention_fn=reader.attention,
+        attention_fn=reader.attention(sizes.length),
         lengths=jnp.asarray([len(tokens)], jnp.int32),
         observe=mj.observe_density,
     )

@@ -1,16 +1,23 @@
 """A whole run of conversations: the stages in their order, and its record."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.console import Console
 
-from experiments.common.capacities import share_capacities
+from experiments.common.calibration import Attentions
 from experiments.common.errors import UserError, check_writable, reported_as_user_error
 from experiments.common.fingerprint import fingerprint
 from experiments.common.methods import Method, parse_methods
 from experiments.common.session import load
-from experiments.evaluation.folder import claim, claim_methods, settings_of, write_record
+from experiments.evaluation.folder import (
+    claim,
+    claim_calibrations,
+    claim_methods,
+    settings_of,
+    write_record,
+)
 from experiments.evaluation.run import check_chunks, means
 from experiments.evaluation.stages import Draft, Metric, Score, limited, prepare, score
 from experiments.scbench.options import Conversing
@@ -26,20 +33,15 @@ _FREE = ("output", "limit", "modes", "methods", "batch_size")
 Scores = dict[str, dict[Mode, list[Score]]]
 
 
-def readers_of(config: Conversing, methods: Sequence[Method], model: Model) -> list[Reader]:
-    """Returns what reads conversations by each method; raises UserError for another model's."""
-    sizes = model.config.num_layers, model.config.num_heads
-    attentions = share_capacities([method.attention(*sizes) for method in methods])
-    return [
-        Reader(
-            model=model,
-            attention=attention,
-            compression=method.compression(sizes[0]),
-            chat=config.chat,
-            chunk_size=config.model.chunk_size,
-        )
-        for method, attention in zip(methods, attentions, strict=True)
-    ]
+def reader_of(config: Conversing, method: Method, attentions: Attentions, model: Model) -> Reader:
+    """Returns what reads conversations by a method."""
+    return Reader(
+        model=model,
+        attention=functools.partial(attentions.at, method, asks=True),
+        compression=method.compression(model.config.num_layers),
+        chat=config.chat,
+        chunk_size=config.model.chunk_size,
+    )
 
 
 def converse(
@@ -72,7 +74,7 @@ def converse(
     claim(folder, {"kind": config.kind, **settings_of(config, free=_FREE), **settings})
     folders = claim_methods(folder, methods)
     model = load(config.model, Console(stderr=True))
-    readers = readers_of(config, methods, model)
+    attentions = Attentions(methods, model, chat=config.chat)
     claim(folder, {"model_sha256": fingerprint(model)})
     wanted = limited(drafts(model), config.limit)
     with reported_as_user_error(ValueError):
@@ -82,7 +84,10 @@ def converse(
     conversations = [samples[at : at + size] for at in range(0, len(samples), size)]
     turns = [turn for _, *asked in conversations for turn in asked]
     scores: Scores = {}
-    for method, reader in zip(methods, readers, strict=True):
+    for method in methods:
+        calibrations = attentions.calibrations(method, (one.length for one in turns), asks=True)
+        about = claim_calibrations(folders[method.label], calibrations)
+        reader = reader_of(config, method, attentions, model)
         found: dict[Mode, list[Score]] = {}
         for mode in config.modes:
             place = folders[method.label] / mode
@@ -95,6 +100,8 @@ def converse(
             }
             for mode, of_mode in found.items()
         }
-        write_record(folder, method, kind=config.kind, config=config, result={"modes": result})
+        write_record(
+            folder, method, kind=config.kind, config=config, result={"modes": result, **about}
+        )
         scores[method.label] = found
     return scores

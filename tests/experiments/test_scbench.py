@@ -138,7 +138,7 @@ def asked(model):
 def reader(model, compression=None):
     return Reader(
         model=model,
-        attention=DenseAttention(),
+        attention=lambda length: DenseAttention(),
         compression=compression,
         chat=True,
         chunk_size=None,
@@ -210,8 +210,8 @@ def test_what_is_there_is_not_answered_again(whole, asked):
 
 def test_a_compression_is_of_what_is_read_first(model):
     few = reader(model, StreamingKV(1, 2))
-    sizes = _Sizes(first=64, later=64, capacity=80)
-    state = _read_first(range(3, 40), few, sizes, rope_length=100)
+    sizes = _Sizes(length=100, first=64, later=64, capacity=80)
+    state = _read_first(range(3, 40), few, sizes)
     assert state.cache.stored.tolist() == [[3], [3]]
     state = _read_onto(state, range(3, 14), few, sizes)
     assert state.cache.stored.tolist() == [[3 + 11], [3 + 11]]
