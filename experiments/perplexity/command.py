@@ -11,7 +11,7 @@ from rich.table import Table
 from experiments.common.capacities import share_capacities
 from experiments.common.errors import UserError, check_writable, reported_as_user_error
 from experiments.common.fingerprint import fingerprint
-from experiments.common.methods import parse_whole_cache_methods, usage
+from experiments.common.methods import for_model, parse_whole_cache_methods, usage
 from experiments.common.options import LoadOptions, OptionalInt, at_least
 from experiments.common.plotting import new_figure, save, short_tokens, wrapped
 from experiments.common.session import load
@@ -70,9 +70,10 @@ class Perplexity:
         files = files_of(self.texts)
         check_writable(self.output, folder=True)
         claim(self.output, {"kind": "perplexity", **settings_of(self, free=_FREE)})
-        folders = claim_methods(self.output, methods)
         model = load(self.model, progress)
         claim(self.output, {"model_sha256": fingerprint(model)})
+        methods = for_model(methods, model, progress)
+        folders = claim_methods(self.output, methods)
         sizes = model.config.num_layers, model.config.num_heads
         attentions = share_capacities([method.attention(*sizes) for method in methods])
         longest = max(self.lengths)

@@ -8,7 +8,7 @@ from rich.console import Console
 from experiments.common.capacities import share_capacities
 from experiments.common.errors import UserError, check_writable, reported_as_user_error
 from experiments.common.fingerprint import fingerprint
-from experiments.common.methods import Method, parse_methods
+from experiments.common.methods import Method, for_model, parse_methods
 from experiments.common.session import load
 from experiments.evaluation.folder import claim, claim_methods, settings_of, write_record
 from experiments.evaluation.run import check_chunks, means
@@ -70,10 +70,11 @@ def converse(
             )
     check_writable(folder, folder=True)
     claim(folder, {"kind": config.kind, **settings_of(config, free=_FREE), **settings})
-    folders = claim_methods(folder, methods)
-    model = load(config.model, Console(stderr=True))
+    model = load(config.model, progress := Console(stderr=True))
+    methods = for_model(methods, model, progress)
     readers = readers_of(config, methods, model)
     claim(folder, {"model_sha256": fingerprint(model)})
+    folders = claim_methods(folder, methods)
     wanted = limited(drafts(model), config.limit)
     with reported_as_user_error(ValueError):
         check_context(max(draft.length for draft in wanted), model.config)

@@ -14,7 +14,7 @@ from experiments.common.options import ModelOptions
 from experiments.common.session import load, run_prefill, visited_mask
 from experiments.latency.command import Latency
 from experiments.latency.layer import index_shapes
-from minference_jax.adaptive import RECOMMENDED
+from minference_jax.recommended import RECOMMENDED
 
 SIZE = {"num_layers": 2, "num_heads": 4}
 
