@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -95,7 +95,7 @@ class AttentionOptions:
         if self.patterns is not None:
             read_attention(self.patterns)
 
-    def for_model(self, model: Model, console: Console) -> Self:
+    def for_model(self, model: Model, console: Console) -> "AttentionOptions":
         """Returns these options with what is shipped for a model, if they name nothing; says so."""
         if not self._adaptive:
             return self

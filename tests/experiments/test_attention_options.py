@@ -1,7 +1,9 @@
 """Which attention the options ask for, and that what an adaptive one visited can be drawn."""
 
+import dataclasses
 import functools
 import io
+import types
 
 import jax
 import numpy as np
@@ -28,6 +30,28 @@ def test_minference_alone_is_the_recommended_adaptive_attention():
         np.testing.assert_array_equal(leaf, np.full((2, 1), number, leaf.dtype))
     assert f"alpha={RECOMMENDED.blocks.alpha}" in options.describe()
     assert f"num_columns={RECOMMENDED.num_columns}" in options.describe()
+
+
+@pytest.mark.usefixtures("as_users_see_it")  # a model here is its name and size
+def test_minference_alone_is_what_was_searched_for_a_model():
+    for options, name, want in (
+        (AttentionOptions(), "Qwen/Qwen2.5-Coder-0.5B-Instruct", "qwen2.5-coder-0.5b-thresholds"),
+        (AttentionOptions(), "Qwen/Qwen2.5-0.5B-Instruct", None),
+        (AttentionOptions(attention="dense"), "Qwen/Qwen2.5-Coder-0.5B-Instruct", None),
+    ):
+        config = types.SimpleNamespace(num_layers=24, num_heads=14)
+        said = io.StringIO()
+        model = types.SimpleNamespace(config=config, name=name)
+        chosen = options.for_model(model, Console(file=said, width=20))
+        assert chosen == dataclasses.replace(options, patterns=want)
+        if options.attention == "dense":
+            assert not said.getvalue()
+        else:
+            assert name in said.getvalue()
+            assert "--patterns" in said.getvalue()
+        if want:
+            assert chosen.describe() == f"minference, patterns of {want}"
+            assert want in said.getvalue()
 
 
 def test_minference_with_a_budget_of_lines_is_vertical_slash():
