@@ -93,10 +93,11 @@ def evaluate(
     check_chunks(methods, config.model.chunk_size)
     check_writable(folder, folder=True)
     claim(folder, {"kind": config.kind, **settings_of(config, free=_FREE), **settings})
+    folders = claim_methods(folder, methods)
     model = load(config.model, progress := Console(stderr=True))
     claim(folder, {"model_sha256": fingerprint(model)})
     methods = for_model(methods, model, progress)
-    folders = claim_methods(folder, methods)
+    claim_methods(folder, methods)
     # A method for another model is told before any work.
     sizes = model.config.num_layers, model.config.num_heads
     attentions = share_capacities([method.attention(*sizes) for method in methods])

@@ -70,10 +70,11 @@ class Perplexity:
         files = files_of(self.texts)
         check_writable(self.output, folder=True)
         claim(self.output, {"kind": "perplexity", **settings_of(self, free=_FREE)})
+        folders = claim_methods(self.output, methods)
         model = load(self.model, progress)
         claim(self.output, {"model_sha256": fingerprint(model)})
         methods = for_model(methods, model, progress)
-        folders = claim_methods(self.output, methods)
+        claim_methods(self.output, methods)
         sizes = model.config.num_layers, model.config.num_heads
         attentions = share_capacities([method.attention(*sizes) for method in methods])
         longest = max(self.lengths)

@@ -70,11 +70,12 @@ def converse(
             )
     check_writable(folder, folder=True)
     claim(folder, {"kind": config.kind, **settings_of(config, free=_FREE), **settings})
+    folders = claim_methods(folder, methods)
     model = load(config.model, progress := Console(stderr=True))
     methods = for_model(methods, model, progress)
+    claim_methods(folder, methods)
     readers = readers_of(config, methods, model)
     claim(folder, {"model_sha256": fingerprint(model)})
-    folders = claim_methods(folder, methods)
     wanted = limited(drafts(model), config.limit)
     with reported_as_user_error(ValueError):
         check_context(max(draft.length for draft in wanted), model.config)
