@@ -94,7 +94,8 @@ def test_what_an_adaptive_attention_visited_is_counted_and_drawn(tiny_model):
     length = 250
     tokens = (3 + np.arange(length) ** 2 % 50).astype(np.int32)[None, :]
     blocks = mj.BlockThreshold(alpha=0.9, local_blocks=1)
-    attention = mj.AdaptiveAttention(mj.WithColumns(blocks, 5), mj.Layout(block_q=32, block_kv=16))
+    layout = mj.Layout(block_q=32, block_kv=16)
+    attention = mj.AdaptiveAttention(mj.WithColumns(blocks, 5), layout, break_even=0)
     run = run_prefill(
         model, tokens, attention.for_layers(2), name="adaptive", console=quiet, chunk_size=120,
         keep_index=True,
