@@ -11,7 +11,6 @@ from minference_jax.adaptive import IndexedAttention as IndexedAttention
 from minference_jax.adaptive import Layout as Layout
 from minference_jax.adaptive import WithColumns as WithColumns
 from minference_jax.adaptive import XAttention as XAttention
-from minference_jax.adaptive import recommended_attention as recommended_attention
 from minference_jax.adaptive import triangle_mix as triangle_mix
 from minference_jax.attention import DenseAttention as DenseAttention
 from minference_jax.attention import SparseAttention as SparseAttention
@@ -39,5 +38,7 @@ from minference_jax.patterns import Kind as Kind
 from minference_jax.patterns import Pattern as Pattern
 from minference_jax.patterns import TriShape as TriShape
 from minference_jax.patterns import VerticalSlash as VerticalSlash
+from minference_jax.recommended import recommended_attention as recommended_attention
+from minference_jax.recommended import recommended_patterns as recommended_patterns
 from minference_jax.search import search_patterns as search_patterns
 from minference_jax.types import AttentionFn as AttentionFn

@@ -37,6 +37,7 @@ class _Opened:
     naming: Naming
     tensors: TensorSource
     tokenizer: Callable[[], Tokenizer]
+    name: str | None = None
 
 
 def load_model(
@@ -73,15 +74,16 @@ def load_model(
             that does not fit is listed at once, before any weight is read.
     """
     path = Path(source).expanduser()
+    name = path.absolute().name
     if not path.exists() and hub.is_hub_id(str(source)):
-        path = hub.download(str(source))
+        path, name = hub.download(str(source)), str(source)
     own_tokenizer = None if tokenizer is None else Path(tokenizer).expanduser()
     if (path / CHECKPOINT_CONFIG).is_file():
         config, params, words = load_checkpoint(
             path, dtype=dtype, mesh=mesh, tokenizer=own_tokenizer
         )
         config = _extended(config, rope_scaling, max_position)
-        return Model(config=config, params=params, tokenizer=words)
+        return Model(config=config, params=params, tokenizer=words, name=name)
     opened = _open(path)
     words = opened.tokenizer() if own_tokenizer is None else load_tokenizer(own_tokenizer)
     target = abstract_params(opened.config, dtype)
@@ -94,7 +96,7 @@ def load_model(
 
     params = load_params(opened.tensors, opened.naming, target, place=place, on_tensor=on_tensor)
     config = _extended(opened.config, rope_scaling, max_position)
-    return Model(config=config, params=params, tokenizer=words)
+    return Model(config=config, params=params, tokenizer=words, name=opened.name or name)
 
 
 def _open(path: Path) -> _Opened:
@@ -155,7 +157,8 @@ def _open_gguf(path: Path) -> _Opened:
             if f"{name}.weight" in file.shapes
         },
     )
-    return _Opened(config, naming, file, lambda: tokenizer_from_gguf(file.metadata))
+    name = str(file.metadata.get("general.name") or path.stem)
+    return _Opened(config, naming, file, lambda: tokenizer_from_gguf(file.metadata), name)
 
 
 def _unsupported(path: Path, what: str, kind: Any, *supported: Sequence[str]) -> LoadError:

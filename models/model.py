@@ -25,11 +25,13 @@ class Model:
         config: hyper-parameters; `dataclasses.replace(model, config=...)` makes a changed model.
         params: the tree of arrays described in `models.common.decoder`.
         tokenizer: text to tokens and back.
+        name: as a GGUF file declares it, or else that of the file, directory or hub repository.
     """
 
     config: DecoderConfig
     params: dict[str, Any]
     tokenizer: Tokenizer
+    name: str | None = None
 
     def prefill(
         self,

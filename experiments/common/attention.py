@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
+from rich.console import Console
 
 import minference_jax as mj
 from experiments.common.errors import UserError, reported_as_user_error
 from experiments.common.options import OptionalInt, flag
-from minference_jax.adaptive.recommended import ALPHA, NUM_COLUMNS
 from minference_jax.files import attention_size
+from minference_jax.recommended import ALPHA, NUM_COLUMNS
+from models import Model
 
 AttentionName = Literal[
     "dense", "minference", "a_shape", "tri_shape", "vertical_slash", "block_sparse"
@@ -38,7 +40,8 @@ class AttentionOptions:
 
     attention: AttentionName = "minference"
     """One pattern for all heads; minference: each head's own, as --patterns says, or without it
-    blocks and columns that are found for each prompt (the recommended adaptive attention)."""
+    blocks and columns that are found for each prompt: by thresholds that were searched for this
+    very model, if such are shipped, or else by the same for all heads."""
     patterns: Annotated[
         str | None, tyro.conf.arg(metavar="NAME_OR_FILE", help_behavior_hint="")
     ] = None
@@ -92,6 +95,13 @@ class AttentionOptions:
         if self.patterns is not None:
             read_attention(self.patterns)
 
+    def for_model(self, model: Model, console: Console) -> "AttentionOptions":
+        """Returns these options with what is shipped for a model, if they name nothing; says so."""
+        if not self._adaptive:
+            return self
+        console.print(explain_default(model), highlight=False, soft_wrap=True)
+        return dataclasses.replace(self, patterns=shipped_for(model))
+
     def build(self, *, num_layers: int, num_heads: int) -> Any:
         """Returns the attention of a model of this size.
 
@@ -129,6 +139,26 @@ class AttentionOptions:
         if self.attention == "minference":
             return f"minference without patterns: vertical_slash for every head ({budget})"
         return f"{self.attention} ({budget})"
+
+
+def shipped_for(model: Model) -> str | None:
+    """Returns the name of the shipped patterns that are recommended for a model, if there are."""
+    return mj.recommended_patterns(model.config.num_layers, model.config.num_heads, model.name)
+
+
+def explain_default(model: Model) -> str:
+    """Returns in a line what `minference` without patterns is for a model, why, and what else."""
+    shipped, name = shipped_for(model), model.name or "without a name"
+    if shipped is None:
+        return (
+            f"minference: no search is shipped for the model {name}, so alpha={ALPHA} and "
+            f"{NUM_COLUMNS} columns for every head; --patterns or --attention choose otherwise, "
+            "`minference search` finds patterns"
+        )
+    return (
+        f"minference: {shipped}, found by a search for the model {name}; --patterns or "
+        "--attention choose otherwise"
+    )
 
 
 def read_attention(name: str) -> mj.SparseAttention | mj.AdaptiveAttention:

@@ -58,6 +58,7 @@ def run_prompt(
     config.output.check_writable()
     config.attention.check_readable()
     model = load(config.model, progress)
+    config = dataclasses.replace(config, attention=config.attention.for_model(model, progress))
     attention = config.attention.build(
         num_layers=model.config.num_layers, num_heads=model.config.num_heads
     )

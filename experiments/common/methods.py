@@ -14,14 +14,16 @@ from urllib.parse import quote
 
 import jax
 import numpy as np
+from rich.console import Console
 
 import minference_jax as mj
-from experiments.common.attention import check_size, read_attention
+from experiments.common.attention import check_size, explain_default, read_attention
 from experiments.common.errors import UserError, one_line
 from experiments.common.families import FAMILIES
 from experiments.common.kv_cache import Compression, is_compression, parse_compression
 from minference_jax.files import attention_size
 from minference_jax.kv_cache import KVCompression
+from models import Model
 
 Number = int | float | str
 
@@ -36,8 +38,8 @@ class Method:
     Attributes:
         family: its name; budgets of a family make one line of the plot.
         label: family, budget and what is kept for decoding, written in one way only.
-        sha256: of what a file holds, or of what is recommended now: a record must not confuse its
-            versions.
+        sha256: of what a file holds, or of what is recommended for a model once that is known (see
+            `for_model`): a record must not confuse its versions.
         attention: makes the attention of a model of some layers and heads.
         kept: what is kept of the prompt for decoding, everything if None.
         whole: whether a prompt must be read whole, not in chunks.
@@ -91,6 +93,28 @@ def parse_methods(specs: Sequence[str]) -> list[Method]:
     return list(methods.values())
 
 
+def for_model(methods: Sequence[Method], model: Model, console: Console) -> list[Method]:
+    """Returns methods as they run on a model: `minference` is what is recommended for it.
+
+    Args:
+        methods: the methods.
+        model: the model that they run on.
+        console: told what `minference` is, if it is among them.
+    """
+    sizes = model.config.num_layers, model.config.num_heads
+    recommended = mj.recommended_attention(*sizes, model.name)
+    if any(method.family == "minference" for method in methods):
+        console.print(explain_default(model), highlight=False, soft_wrap=True)
+    return [
+        dataclasses.replace(
+            method, sha256=_digest(recommended), attention=lambda layers, heads: recommended
+        )
+        if method.family == "minference"
+        else method
+        for method in methods
+    ]
+
+
 def parse_whole_cache_methods(specs: Sequence[str], *, why: str) -> list[Method]:
     """`parse_methods` for a command that cannot keep less than the whole cache; `why` it cannot.
 
@@ -140,7 +164,6 @@ def _parse_attention(spec: str) -> Method:
     return Method(
         family=name,
         label=f"{name}:{budget}" if budget else name,
-        sha256=_digest(mj.recommended_attention(1)) if name == "minference" else None,
         attention=functools.partial(family.attention, made),
         whole=family.whole,
     )

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from experiments.common.calibration import Attentions
 from experiments.common.errors import UserError, check_writable
 from experiments.common.fingerprint import fingerprint
-from experiments.common.methods import Method, dense, parse_whole_cache_methods, usage
+from experiments.common.methods import Method, dense, for_model, parse_whole_cache_methods, usage
 from experiments.common.options import LoadOptions, at_least
 from experiments.common.record import append_record
 from experiments.common.session import load
@@ -74,6 +74,7 @@ class Compare:
         check_writable(self.record, folder=False)
         known = read_rows(self.record)
         model = load(self.model, progress)
+        methods = for_model(methods, model, progress)
         # A method for another model is told before any work.
         attentions = Attentions(methods, model, chat=self.prompt.chat)
         readings = tokenise_all(model, sources, chat=self.prompt.chat)

@@ -81,7 +81,9 @@ def claim_methods(folder: Path, methods: Iterable[Method]) -> dict[str, Path]:
     folders = {method.label: folder / method.slug for method in methods}
     for method in methods:
         check_writable(folders[method.label], folder=True)
-        about = {"method": method.label, "patterns_sha256": method.sha256}
+        about = {"method": method.label}
+        if method.sha256 is not None:  # of what is recommended for a model it comes later
+            about["patterns_sha256"] = method.sha256
         claim(folders[method.label], about)
     return folders
 

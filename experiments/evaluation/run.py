@@ -12,7 +12,7 @@ from rich.table import Table
 from experiments.common.calibration import Attentions
 from experiments.common.errors import UserError, check_writable, reported_as_user_error
 from experiments.common.fingerprint import fingerprint
-from experiments.common.methods import Method, parse_methods
+from experiments.common.methods import Method, for_model, parse_methods
 from experiments.common.session import load
 from experiments.evaluation.answer import Answerer, Answers, Batch
 from experiments.evaluation.folder import (
@@ -100,8 +100,10 @@ def evaluate(
     check_writable(folder, folder=True)
     claim(folder, {"kind": config.kind, **settings_of(config, free=_FREE), **settings})
     folders = claim_methods(folder, methods)
-    model = load(config.model, Console(stderr=True))
+    model = load(config.model, progress := Console(stderr=True))
     claim(folder, {"model_sha256": fingerprint(model)})
+    methods = for_model(methods, model, progress)
+    claim_methods(folder, methods)
     # A method for another model is told before any work.
     attentions = Attentions(methods, model, chat=config.chat)
     wanted = limited(drafts(model), config.limit)

@@ -64,7 +64,8 @@ class Maps(PromptAnalysis):
             raise UserError(
                 f"--heads must be below {layers} layers and {heads} heads, got {self.heads}"
             )
-        attention = self.attention.build(num_layers=layers, num_heads=heads)
+        chosen = self.attention.for_model(model, progress)
+        attention = chosen.build(num_layers=layers, num_heads=heads)
         length = min(map(len, tokens))
         step = -(-length // self.cells)
         wanted = sorted({layer for layer, _ in self.heads})
@@ -93,7 +94,11 @@ class Maps(PromptAnalysis):
         for row in rows:
             kept = ", ".join(f"{x:.1%}" for x in row["recall"])
             console.print(f"{_title(row)}: attention inside {kept}", highlight=False)
-        result = self.about(tokens, wanted) | {"seconds": reading.seconds, "heads": rows}
+        result = self.about(tokens, wanted) | {
+            "attention": chosen.describe(),
+            "seconds": reading.seconds,
+            "heads": rows,
+        }
         self.keep(console, "maps", result, *pictures)
 
     def _pattern(self, attention: Any, layer: int, head: int) -> str:

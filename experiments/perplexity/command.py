@@ -12,7 +12,7 @@ from rich.table import Table
 from experiments.common.calibration import Attentions
 from experiments.common.errors import UserError, check_writable, reported_as_user_error
 from experiments.common.fingerprint import fingerprint
-from experiments.common.methods import parse_whole_cache_methods, usage
+from experiments.common.methods import for_model, parse_whole_cache_methods, usage
 from experiments.common.options import LoadOptions, OptionalInt, at_least
 from experiments.common.plotting import new_figure, save, short_tokens, wrapped
 from experiments.common.session import load
@@ -80,6 +80,8 @@ class Perplexity:
         folders = claim_methods(self.output, methods)
         model = load(self.model, progress)
         claim(self.output, {"model_sha256": fingerprint(model)})
+        methods = for_model(methods, model, progress)
+        claim_methods(self.output, methods)
         attentions = Attentions(methods, model, chat=False)
         longest = max(self.lengths)
         with reported_as_user_error(ValueError):

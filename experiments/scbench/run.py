@@ -9,7 +9,7 @@ from rich.console import Console
 from experiments.common.calibration import Attentions
 from experiments.common.errors import UserError, check_writable, reported_as_user_error
 from experiments.common.fingerprint import fingerprint
-from experiments.common.methods import Method, parse_methods
+from experiments.common.methods import Method, for_model, parse_methods
 from experiments.common.session import load
 from experiments.evaluation.folder import (
     claim,
@@ -73,7 +73,9 @@ def converse(
     check_writable(folder, folder=True)
     claim(folder, {"kind": config.kind, **settings_of(config, free=_FREE), **settings})
     folders = claim_methods(folder, methods)
-    model = load(config.model, Console(stderr=True))
+    model = load(config.model, progress := Console(stderr=True))
+    methods = for_model(methods, model, progress)
+    claim_methods(folder, methods)
     attentions = Attentions(methods, model, chat=config.chat)
     claim(folder, {"model_sha256": fingerprint(model)})
     wanted = limited(drafts(model), config.limit)

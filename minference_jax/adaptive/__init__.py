@@ -8,8 +8,6 @@ from minference_jax.adaptive.block_threshold import BlockThreshold as BlockThres
 from minference_jax.adaptive.flex_prefill import FlexPrefill as FlexPrefill
 from minference_jax.adaptive.layout import Estimator as Estimator
 from minference_jax.adaptive.layout import Layout as Layout
-from minference_jax.adaptive.recommended import RECOMMENDED as RECOMMENDED
-from minference_jax.adaptive.recommended import recommended_attention as recommended_attention
 from minference_jax.adaptive.triangle_mix import triangle_mix as triangle_mix
 from minference_jax.adaptive.with_columns import WithColumns as WithColumns
 from minference_jax.adaptive.x_attention import XAttention as XAttention

@@ -30,7 +30,8 @@ def to_content(attention: AdaptiveAttention) -> dict[str, Any]:
     """The parameters of an attention as what JSON can hold; `from_content` reads them.
 
     Parameters that are the same everywhere are written as one number, but for `alpha`, whose rows
-    say how many layers and heads there are. Which kernel runs is not part of it.
+    say how many layers and heads there are. Which kernel runs, and from which length on anything is
+    estimated, is not part of it.
 
     Raises:
         ValueError: another estimator than `BlockThreshold`, alone or in `WithColumns`; or `alpha`

@@ -47,6 +47,7 @@ def test_a_short_prompt_is_dense():
 
 
 def test_a_break_even_is_that_of_the_device_unless_given(monkeypatch):
+    monkeypatch.setattr(break_even, "not_hopper", lambda: "another device")
     assert estimates(hybrid())
     monkeypatch.setattr(break_even, "not_hopper", lambda: None)
     assert not estimates(hybrid())
@@ -60,6 +61,7 @@ def test_a_break_even_is_that_of_the_device_unless_given(monkeypatch):
 def test_what_was_measured_is_on_its_side_of_the_break_even(monkeypatch, heads, head_dim):
     """`experiments/results/h200/compare-*`: columns lose at 8,000 tokens, win at 32,000."""
     blocks, keys = mj.BlockThreshold(0.1), break_even.device_break_even
+    monkeypatch.setattr(break_even, "not_hopper", lambda: "another device")
     assert keys(HYBRID, heads, head_dim) == 0
     monkeypatch.setattr(break_even, "not_hopper", lambda: None)
     assert 0 < keys(blocks, heads, head_dim) < 8000 < keys(HYBRID, heads, head_dim) < 32000

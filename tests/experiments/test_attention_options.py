@@ -1,7 +1,9 @@
 """Which attention the options ask for, and that what an adaptive one visited can be drawn."""
 
+import dataclasses
 import functools
 import io
+import types
 
 import jax
 import numpy as np
@@ -14,7 +16,7 @@ from experiments.common.options import ModelOptions
 from experiments.common.session import load, run_prefill, visited_mask
 from experiments.latency.command import Latency
 from experiments.latency.layer import index_shapes
-from minference_jax.adaptive import RECOMMENDED
+from minference_jax.recommended import RECOMMENDED
 
 SIZE = {"num_layers": 2, "num_heads": 4}
 
@@ -28,6 +30,28 @@ def test_minference_alone_is_the_recommended_adaptive_attention():
         np.testing.assert_array_equal(leaf, np.full((2, 1), number, leaf.dtype))
     assert f"alpha={RECOMMENDED.blocks.alpha}" in options.describe()
     assert f"num_columns={RECOMMENDED.num_columns}" in options.describe()
+
+
+@pytest.mark.usefixtures("as_users_see_it")  # a model here is its name and size
+def test_minference_alone_is_what_was_searched_for_a_model():
+    for options, name, want in (
+        (AttentionOptions(), "Qwen/Qwen2.5-Coder-0.5B-Instruct", "qwen2.5-coder-0.5b-thresholds"),
+        (AttentionOptions(), "Qwen/Qwen2.5-0.5B-Instruct", None),
+        (AttentionOptions(attention="dense"), "Qwen/Qwen2.5-Coder-0.5B-Instruct", None),
+    ):
+        config = types.SimpleNamespace(num_layers=24, num_heads=14)
+        said = io.StringIO()
+        model = types.SimpleNamespace(config=config, name=name)
+        chosen = options.for_model(model, Console(file=said, width=20))
+        assert chosen == dataclasses.replace(options, patterns=want)
+        if options.attention == "dense":
+            assert not said.getvalue()
+        else:
+            assert name in said.getvalue()
+            assert "--patterns" in said.getvalue()
+        if want:
+            assert chosen.describe() == f"minference, patterns of {want}"
+            assert want in said.getvalue()
 
 
 def test_minference_with_a_budget_of_lines_is_vertical_slash():
@@ -70,7 +94,8 @@ def test_what_an_adaptive_attention_visited_is_counted_and_drawn(tiny_model):
     length = 250
     tokens = (3 + np.arange(length) ** 2 % 50).astype(np.int32)[None, :]
     blocks = mj.BlockThreshold(alpha=0.9, local_blocks=1)
-    attention = mj.AdaptiveAttention(mj.WithColumns(blocks, 5), mj.Layout(block_q=32, block_kv=16))
+    layout = mj.Layout(block_q=32, block_kv=16)
+    attention = mj.AdaptiveAttention(mj.WithColumns(blocks, 5), layout, break_even=0)
     run = run_prefill(
         model, tokens, attention.for_layers(2), name="adaptive", console=quiet, chunk_size=120,
         keep_index=True,

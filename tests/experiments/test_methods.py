@@ -1,12 +1,21 @@
 """Methods as the command line names them, and what they keep for decoding."""
 
+import io
+import types
+
 import jax
 import numpy as np
 import pytest
+from rich.console import Console
 
 import minference_jax as mj
 from experiments.common.errors import UserError
-from experiments.common.methods import parse_method, parse_methods, parse_whole_cache_methods
+from experiments.common.methods import (
+    for_model,
+    parse_method,
+    parse_methods,
+    parse_whole_cache_methods,
+)
 from minference_jax.kv_cache import PyramidKV, SnapKV, StreamingKV
 
 
@@ -85,12 +94,30 @@ def test_shuffled_patterns_are_the_same_at_other_heads(tmp_path):
     assert moved.any()  # heads change layers, too
 
 
-def test_minference_is_what_is_recommended():
-    method, recommended = parse_method("minference"), mj.recommended_attention(2)
-    assert jax.tree.structure(method.attention(2, 4)) == jax.tree.structure(recommended)
-    same = jax.tree.map(np.array_equal, method.attention(2, 4), recommended)
-    assert all(jax.tree.leaves(same))
-    assert method.sha256 is not None
+@pytest.mark.usefixtures("as_users_see_it")  # a model here is its name and size
+def test_minference_is_what_is_recommended_for_the_model():
+    config = types.SimpleNamespace(num_layers=30, num_heads=9)
+    digests, said = set(), io.StringIO()
+    for name, shipped in (("SmolLM2-135M-Instruct", "smollm2-135m-thresholds"), ("other", None)):
+        asked = parse_methods(["minference+snapkv:64", "hybrid:0.1,512"])
+        model = types.SimpleNamespace(config=config, name=name)
+        method, named = for_model(asked, model, Console(file=said))
+        recommended = mj.load_shipped(shipped) if shipped else mj.recommended_attention(30)
+        got = method.attention(30, 9)
+        assert jax.tree.structure(got) == jax.tree.structure(recommended)
+        assert all(jax.tree.leaves(jax.tree.map(np.array_equal, got, recommended)))
+        assert (method.label, method.compression(30)) == ("minference+snapkv:64", SnapKV(budget=64))
+        assert named == asked[1]
+        assert (shipped or "no search is shipped for the model other") in said.getvalue()
+        digests.add(method.sha256)
+    assert len(digests - {None}) == 2
+
+
+def test_thresholds_that_are_named_are_estimated_at_any_length(tmp_path):
+    path = tmp_path / "thresholds.json"
+    mj.save_attention(mj.AdaptiveAttention(mj.BlockThreshold(np.full((2, 4), 0.1))), path)
+    for spec in ("threshold:0.1", "hybrid:0.1,64", f"patterns:{path}", f"shuffled:{path}"):
+        assert attention_of(spec).break_even == 0
 
 
 @pytest.mark.parametrize(

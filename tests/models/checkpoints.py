@@ -61,9 +61,13 @@ LLAMA_METADATA = {
 }
 
 
-def write_gguf(path, architecture, metadata, tensors, *, quantisation="F32", tokenizer=True):
+def write_gguf(
+    path, architecture, metadata, tensors, *, quantisation="F32", tokenizer=True, name=None
+):
     """A GGUF file; matrices are quantised, vectors stay fp32."""
     writer = gguf.GGUFWriter(path, architecture)
+    if name is not None:
+        writer.add_name(name)
     for key, value in metadata.items():
         add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
         add[type(value)](f"{architecture}.{key}", value)

@@ -114,6 +114,7 @@ def test_logits_of_a_llama_file_equal_transformers(tmp_path):
     stored = to_gguf_names(tensors, rotated_heads=(4, 2))
     path = write_gguf(tmp_path / "model.gguf", "llama", gguf_metadata(config), stored)
     model = load_model(path, dtype=jnp.float32)
+    assert model.name == "model"  # none is declared
     np.testing.assert_allclose(logits_of(model, case["tokens"]), case["logits"], atol=1e-4)
 
 
@@ -141,8 +142,11 @@ def test_phi3_frequency_factors_are_read(tmp_path):
         "rope.scaling.original_context_length": 32,
         "rope.scaling.attn_factor": float(np.sqrt(1 + np.log(4) / np.log(32))),
     }
-    path = write_gguf(tmp_path / "model.gguf", "phi3", metadata, to_gguf_names(tensors) | factors)
+    path = write_gguf(
+        tmp_path / "model.gguf", "phi3", metadata, to_gguf_names(tensors) | factors, name="Phi 3"
+    )
     model = load_model(path, dtype=jnp.float32)
+    assert model.name == "Phi 3"
     np.testing.assert_allclose(logits_of(model, case["tokens"]), case["logits"], atol=1e-4)
 
 

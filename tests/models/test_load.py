@@ -212,6 +212,8 @@ def test_hub_ids_load_what_was_fetched(monkeypatch, tmp_path):
         "huggingface_hub.snapshot_download",
         lambda repository, **kwargs: asked.append((repository, kwargs)) or str(directory),
     )
-    assert load_model("organisation/name").config.num_layers == 2
+    model = load_model("organisation/name")
+    assert (model.config.num_layers, model.name) == (2, "organisation/name")
+    assert load_model("snapshot").name == "snapshot"
     assert asked[0][0] == "organisation/name"
     assert not any("bin" in pattern for pattern in asked[0][1]["allow_patterns"])
