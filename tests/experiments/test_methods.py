@@ -85,6 +85,19 @@ def test_shuffled_patterns_are_the_same_at_other_heads(tmp_path):
     assert moved.any()  # heads change layers, too
 
 
+def test_static_takes_lines_from_a_prompt_of_its_seed(tmp_path):
+    path = tmp_path / "a,b.json"
+    pattern = mj.VerticalSlash(vertical_size=8, slash_size=8)
+    mj.HeadPatterns.uniform(pattern, num_layers=2, num_heads=4).save(path)
+    found = [parse_method(f"static:{path}{words}") for words in ("", ",0", ",1", "+snapkv:64")]
+    labels = [f"static:a,b.json,{words}" for words in ("0", "0", "1", "0+snapkv:64")]
+    assert [method.label for method in found] == labels
+    assert [method.calibrated for method in found] == [0, 0, 1, 0]
+    assert found[3].compression(2) == SnapKV(budget=64)
+    same = parse_method(f"patterns:{path}")
+    assert (same.sha256, same.calibrated) == (found[0].sha256, None)
+
+
 def test_minference_is_what_is_recommended():
     method, recommended = parse_method("minference"), mj.recommended_attention(2)
     assert jax.tree.structure(method.attention(2, 4)) == jax.tree.structure(recommended)
