@@ -96,7 +96,11 @@ class Attentions:
     def calibrations(
         self, method: Method, lengths: Iterable[int], *, asks: bool
     ) -> list[dict[str, Any]]:
-        """What a record says of a method's calibration prompts; nothing if it needs none."""
+        """What a record says of a method's calibration prompts; nothing if it needs none.
+
+        Raises:
+            UserError: no calibration prompt is so short.
+        """
         if (seed := method.calibrated) is None:
             return []
         return [self._prompt(seed, length, asks).about() for length in sorted(set(lengths))]

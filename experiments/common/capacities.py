@@ -12,6 +12,7 @@ def share_capacities(attentions: Sequence[Any]) -> list[Any]:
 
     A capacity is room: what is visited does not change. Patterns of heads share two programs, with
     and without block-sparse heads; estimators that add columns share one for each kind of them.
+    Static lines come later (`calibration`), from what has its capacity here.
     """
     patterns = [a.patterns for a in attentions if isinstance(a, mj.SparseAttention)]
     added = [a.estimator for a in attentions if _has_columns(a)]

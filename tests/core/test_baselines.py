@@ -195,6 +195,33 @@ def test_static_lines_are_those_of_the_calibration_prompt():
     np.testing.assert_array_equal(np.sum(distances < 150, axis=1), [7, 4, 3, 12])
 
 
+def static_on_another_prompt(length):
+    pattern = mj.VerticalSlash(vertical_size=40, slash_size=12, sink_size=4, window_size=8)
+    patterns = mj.HeadPatterns.uniform(pattern, num_layers=1, num_heads=4)
+    sparse = mj.SparseAttention(patterns, dense_above=None, break_even=0).layer(0)
+    q, k, _ = (jnp.asarray(x, jnp.bfloat16) for x in random_qkv(8, q_len=length, head_dim=128))
+    return mj.StaticAttention(sparse, mj.static_lines(q, k, sparse.patterns, max_distances=16))
+
+
+def inf_llm(length):
+    sizes = mj.InfLLM(n_local=256, topk=1, exc_block=256)
+    return mj.AdaptiveAttention(sizes, mj.Layout(shared=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("make", [static_on_another_prompt, inf_llm])
+def test_the_keys_that_are_told_are_seen_on_a_gpu(make):
+    length, padded = 2950, 3000
+    qkv = random_qkv(7, q_len=padded, head_dim=128)
+    lengths = jnp.array([length])
+    attend = jax.jit(lambda attention, *qkv: attention.attend(*qkv, lengths=lengths))
+    out, index = attend(make(length), *(jnp.asarray(x, jnp.bfloat16) for x in qkv))
+    mask = np.array(index.to_mask(padded, padded, lengths=lengths))[:, :, :length]
+    assert 0.05 < mask.sum() / (4 * length * (length + 1) / 2) < 0.9
+    want = masked_attention(qkv[0][:, :length], *qkv[1:], mask)
+    np.testing.assert_allclose(out[:, :length].astype(jnp.float32), want, atol=0.02)
+
+
 @pytest.mark.usefixtures("as_users_see_it")
 def test_misused_static_lines_are_explained():
     q, k, v = random_qkv(0, batch=2, q_len=20)

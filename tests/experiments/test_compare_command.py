@@ -9,6 +9,8 @@ from matplotlib.image import imread
 
 import minference_jax as mj
 from experiments.__main__ import main
+from experiments.common import calibration
+from experiments.common.prompts import Prompt
 from experiments.common.record import read_records
 from experiments.compare import command
 
@@ -124,6 +126,29 @@ def test_rows_of_another_revision_are_measured_again(compare):
         record["environment"]["git"] = "another"
     compare.path.write_text("".join(json.dumps(record) + "\n" for record in records))
     assert len(compare(*METHODS, "--tasks", "book")[1]) == 6
+
+
+def test_static_lines_are_made_once_and_rows_of_others_measured_again(
+    compare, tmp_path, monkeypatch
+):
+    made = []
+    static = lambda params, tokens, *, config, sparse: made.append(tokens.shape[1]) or sparse
+    monkeypatch.setattr(calibration, "static_attention", static)
+    file = tmp_path / "heads.json"
+    pattern = mj.VerticalSlash(vertical_size=8, slash_size=8)
+    mj.HeadPatterns.uniform(pattern, num_layers=2, num_heads=4).save(file)
+    argv = ["--tasks", "book", "--prompts", "2", "--methods", f"static:{file}"]
+    rows, _ = compare(*argv)
+    assert [row["config"]["method"] for row in rows] == ["dense", "static:heads.json,0"] * 2
+    found = [row["result"].get("calibration") for row in rows]
+    assert found[0] is found[2] is None
+    assert found[1] == found[3]
+    assert [found[1]["tokens"]] == made
+    assert len(compare(*argv)[0]) == 4
+    monkeypatch.setattr(calibration, "code_prompt", lambda words, seed: Prompt(text="t3 " * words))
+    rows, _ = compare(*argv)
+    assert [row["config"]["method"] for row in rows[4:]] == ["static:heads.json,0"] * 2
+    assert rows[4]["result"]["calibration"] != found[1]
 
 
 def told(capsys, *argv):

@@ -94,6 +94,19 @@ def test_shuffled_patterns_are_the_same_at_other_heads(tmp_path):
     assert moved.any()  # heads change layers, too
 
 
+def test_static_takes_lines_from_a_prompt_of_its_seed(tmp_path):
+    path = tmp_path / "a,b.json"
+    pattern = mj.VerticalSlash(vertical_size=8, slash_size=8)
+    mj.HeadPatterns.uniform(pattern, num_layers=2, num_heads=4).save(path)
+    found = [parse_method(f"static:{path}{words}") for words in ("", ",0", ",1", "+snapkv:64")]
+    labels = [f"static:a,b.json,{words}" for words in ("0", "0", "1", "0+snapkv:64")]
+    assert [method.label for method in found] == labels
+    assert [method.calibrated for method in found] == [0, 0, 1, 0]
+    assert found[3].compression(2) == SnapKV(budget=64)
+    same = parse_method(f"patterns:{path}")
+    assert (same.sha256, same.calibrated) == (found[0].sha256, None)
+
+
 @pytest.mark.usefixtures("as_users_see_it")  # a model here is its name and size
 def test_minference_is_what_is_recommended_for_the_model():
     config = types.SimpleNamespace(num_layers=30, num_heads=9)
@@ -113,10 +126,16 @@ def test_minference_is_what_is_recommended_for_the_model():
     assert len(digests - {None}) == 2
 
 
-def test_thresholds_that_are_named_are_estimated_at_any_length(tmp_path):
-    path = tmp_path / "thresholds.json"
-    mj.save_attention(mj.AdaptiveAttention(mj.BlockThreshold(np.full((2, 4), 0.1))), path)
-    for spec in ("threshold:0.1", "hybrid:0.1,64", f"patterns:{path}", f"shuffled:{path}"):
+def test_budgets_that_are_named_run_at_any_length(tmp_path):
+    thresholds, patterns = tmp_path / "thresholds.json", tmp_path / "patterns.json"
+    mj.save_attention(mj.AdaptiveAttention(mj.BlockThreshold(np.full((2, 4), 0.1))), thresholds)
+    lines = mj.VerticalSlash(vertical_size=8, slash_size=8)
+    mj.HeadPatterns.uniform(lines, num_layers=2, num_heads=4).save(patterns)
+    files = [
+        f"{family}:{path}" for family in ("patterns", "shuffled") for path in (thresholds, patterns)
+    ]
+    budgets = ["threshold:0.1", "hybrid:0.1,64", "a_shape:4,8", "triangle_mix:1,4,8,2"]
+    for spec in (*budgets, *files, f"static:{patterns}"):
         assert attention_of(spec).break_even == 0
 
 
