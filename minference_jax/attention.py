@@ -121,27 +121,8 @@ class SparseAttention:
         """
         check_attention_shapes(q, k, v)
         check_lengths(lengths, q.shape[0], k.shape[1])
-        shape = jnp.shape(self.patterns.kind)
-        if len(shape) != 1:
-            raise ValueError(
-                f"these patterns are [layers, heads] {shape}: call `attention.layer(i)(q, k, v)`"
-            )
-        if shape[0] != q.shape[2]:
-            raise ValueError(f"the patterns are for {shape[0]} heads, but `q` has {q.shape[2]}")
-        if self.stagger is not False and self.block_q % (2 * ALIGNMENT):
-            raise ValueError(
-                f"`stagger` needs `block_q` to be a multiple of {2 * ALIGNMENT}, got {self.block_q}"
-            )
-        wide = q.shape[3] > _WIDEST_STAGGERED
-        stagger = not wide if self.stagger is None else self.stagger
-        blocks = 128 if self.patterns.max_blocks else 96
         at = {"lengths": lengths, "q_offset": q_offset}
-        patterns = jax.tree.map(jnp.asarray, self.patterns)
-        build = lambda: build_index(
-            patterns, q, k, block_q=self.block_q,
-            block_kv=self.block_kv or (64 if wide else blocks), last_q=LAST_Q,
-            dense_above=self.dense_above, stagger=stagger, line_scores=line_scores, **at,
-        )  # fmt: skip
+        build = lambda: self.estimate(q, k, line_scores=line_scores, **at)
 
         def sparse():
             index = build()
@@ -158,7 +139,34 @@ class SparseAttention:
             break_even = 0 if self.dense_above is None else _device_break_even()
         if not fallback.in_doubt(*sizes, break_even):
             return sparse()
-        return jax.lax.cond(fallback.pays(patterns, *sizes, break_even), sparse, everything)
+        return jax.lax.cond(fallback.pays(self.patterns, *sizes, break_even), sparse, everything)
+
+    def estimate(
+        self,
+        q: Float[Array, "batch q_len heads head_dim"],
+        k: Float[Array, "batch kv_len kv_heads head_dim"],
+        **how: Any,
+    ) -> BlockSparseIndex:
+        """The index alone, of any length; `how` goes to `build_index`."""
+        shape = jnp.shape(self.patterns.kind)
+        if len(shape) != 1:
+            raise ValueError(
+                f"these patterns are [layers, heads] {shape}: call `attention.layer(i)(q, k, v)`"
+            )
+        if shape[0] != q.shape[2]:
+            raise ValueError(f"the patterns are for {shape[0]} heads, but `q` has {q.shape[2]}")
+        if self.stagger is not False and self.block_q % (2 * ALIGNMENT):
+            raise ValueError(
+                f"`stagger` needs `block_q` to be a multiple of {2 * ALIGNMENT}, got {self.block_q}"
+            )
+        wide = q.shape[3] > _WIDEST_STAGGERED
+        blocks = 128 if self.patterns.max_blocks else 96
+        return build_index(
+            jax.tree.map(jnp.asarray, self.patterns), q, k, block_q=self.block_q,
+            block_kv=self.block_kv or (64 if wide else blocks), last_q=LAST_Q,
+            dense_above=self.dense_above,
+            stagger=not wide if self.stagger is None else self.stagger, **how,
+        )  # fmt: skip
 
 
 @no_type_check

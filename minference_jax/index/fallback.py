@@ -9,6 +9,9 @@ full one, so a head's cost is the plain sum over the query tiles that hold a rea
 below 2^31 up to 4M queries by 4M keys in tiles of 64.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
@@ -47,6 +50,7 @@ def heads_above(
     executed: Int[Array, "batch heads num_q_blocks"],
     dense: Int[Array, "*#batch_heads num_q_blocks"],
     dense_above: float,
+    total: Callable[[Any], Any] = lambda of_heads: of_heads,
 ) -> Bool[Array, "batch heads"]:
     """Which heads of which batch rows cost more than `dense_above` times dense attention.
 
@@ -54,9 +58,11 @@ def heads_above(
         executed: tiles that each query tile executes, 0 without real rows.
         dense: tiles that dense attention executes for it.
         dense_above: the share of dense attention's cost at which a list stops to pay.
+        total: sums arrays of heads over the devices that hold other query tiles.
     """
     dense_cost = jnp.sum(jnp.where(executed > 0, dense, 0), axis=2)
-    return jnp.sum(executed, axis=2) > dense_above * dense_cost
+    cost, dense_cost = total((jnp.sum(executed, axis=2), dense_cost))
+    return cost > dense_above * dense_cost
 
 
 def in_doubt(q_len: int, kv_len: int, break_even: int) -> bool:
