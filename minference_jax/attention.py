@@ -134,12 +134,16 @@ class SparseAttention:
             return attend(q, k, v, **at), dense_like(jax.eval_shape(build), *sizes, **at)
 
         sizes = (q.shape[1], k.shape[1])
-        break_even = self.break_even
-        if break_even is None:
-            break_even = 0 if self.dense_above is None else _device_break_even()
+        break_even = self.keys_to_break_even()
         if not fallback.in_doubt(*sizes, break_even):
             return sparse()
         return jax.lax.cond(fallback.pays(self.patterns, *sizes, break_even), sparse, everything)
+
+    def keys_to_break_even(self) -> int:
+        """`break_even`, that of the default device if None."""
+        if self.break_even is not None:
+            return self.break_even
+        return 0 if self.dense_above is None else _device_break_even()
 
     def estimate(
         self,

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from minference_jax.patterns import BLOCK_SIZE, HeadPatterns, Kind
+from pallas_kernels.block_sparse_attention.index import BlockSparseIndex, visits_everything
 
 
 def executed_tiles(
@@ -44,6 +45,18 @@ def executed_tiles(
 
     column_tiles = jax.vmap(jax.vmap(one_head))(columns, column_count)
     return jnp.where(count > 0, count + column_tiles, 0)
+
+
+def executed_by(
+    index: BlockSparseIndex,
+    first: Int[Array, " num_q_blocks"],
+    lengths: Int[Array, " batch"],
+) -> Int[Array, "batch heads num_q_blocks"]:
+    """`executed_tiles` of an index; a query tile that runs densely has its columns in its tiles."""
+    last_row = first + index.block_q - 1
+    tiles = executed_tiles(index.count, index.columns, index.column_count, last_row, index.block_kv)
+    end = jnp.minimum(lengths[:, None], 1 + last_row[None, :])
+    return jnp.where(visits_everything(index, end), index.count, tiles)
 
 
 def heads_above(
