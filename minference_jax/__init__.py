@@ -40,4 +40,5 @@ from minference_jax.patterns import Pattern as Pattern
 from minference_jax.patterns import TriShape as TriShape
 from minference_jax.patterns import VerticalSlash as VerticalSlash
 from minference_jax.search import search_patterns as search_patterns
+from minference_jax.sharding import ShardedAttention as ShardedAttention
 from minference_jax.types import AttentionFn as AttentionFn

@@ -149,9 +149,7 @@ class ShardedAttention:
             axis = self.sequence_axis
             chunks = attend_by_parts(attention, q, k, v, lengths=lengths, axis=axis)
         elif count:
-            chunks = [
-                (*attention.attend(q, k, v, lengths=lengths, q_offset=q_offset), q_offset)
-            ]
+            chunks = [(*attention.attend(q, k, v, lengths=lengths, q_offset=q_offset), q_offset)]
         else:
             return attention(q, k, v, lengths=lengths, q_offset=q_offset), None
         out = jnp.concatenate([out for out, _, _ in chunks], axis=1)
