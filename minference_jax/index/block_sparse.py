@@ -36,8 +36,8 @@ def block_tiles(
     """For each query tile the key tiles of largest score between block means.
 
     A tile's score is the product of the means of its real queries and keys; only tiles with a
-    causal key take part, and those that overlap the query tile's own rows come first. `first` is the
-    position of each query tile's first row.
+    causal key take part, and those that overlap the query tile's own rows come first. `first` has
+    the positions of the query tiles' first rows.
 
     Returns:
         Starts of the tiles, descending, then NO_TILE; and how many there are.

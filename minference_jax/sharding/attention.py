@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from minference_jax.adaptive import AdaptiveAttention, IndexedAttention
+from minference_jax.adaptive import IndexedAttention
 from minference_jax.attention import SparseAttention, take_layer
 from minference_jax.baselines import StaticAttention
 from minference_jax.index import fallback
@@ -204,11 +204,16 @@ class ShardedAttention:
                 "split heads alone"
             )
         block_q = self.attention.block_q if layout is None else layout.block_q
-        if q.shape[1] != k.shape[1] or q_offset is not None or q.shape[1] % (2 * parts * block_q):
+        if q.shape[1] != k.shape[1] or q_offset is not None:
             raise ValueError(
-                f"a prompt is split over {parts} devices whole, in chunks of {block_q} rows times a "
-                f"whole number: {2 * parts * block_q} must divide its rows; got {q.shape[1]} "
-                f"queries, {k.shape[1]} keys" + ("" if q_offset is None else " and a `q_offset`")
+                f"only whole prompts are split over the mesh axis {self.sequence_axis!r}, got "
+                f"{q.shape[1]} queries for {k.shape[1]} keys, `q_offset` {q_offset}: prefill "
+                "without chunks (leave out `chunk_size`)"
+            )
+        if q.shape[1] % (2 * parts * block_q):
+            raise ValueError(
+                f"{q.shape[1]} rows do not make {2 * parts} chunks of whole query tiles of "
+                f"{block_q}; pad them to `padded_length(length, {parts}, {block_q})`"
             )
 
 

@@ -22,7 +22,7 @@ def padded_length(length: int, parts: int, block_q: int = 128) -> int:
 
 
 def balanced_order(length: int, parts: int) -> np.ndarray:
-    """The position in the prompt of each stored row: `stored = x[:, balanced_order(...)]`.
+    """The position in the prompt of each stored row: `stored = x[:, order]`.
 
     Args:
         length: rows, padding included.
@@ -40,5 +40,5 @@ def balanced_order(length: int, parts: int) -> np.ndarray:
 
 
 def natural_order(length: int, parts: int) -> np.ndarray:
-    """The stored row of each position, the inverse: `x = stored[:, natural_order(...)]`."""
+    """The stored row of each position, the inverse of `balanced_order`: `x = stored[:, order]`."""
     return np.argsort(balanced_order(length, parts))

@@ -51,16 +51,12 @@ def test_every_pattern_is_what_one_device_computes():
     attention = mj.SparseAttention(patterns, 16, 16, implementation="reference").layer(0)
     q, k, v = map(jnp.asarray, random_qkv(7, batch=2, q_len=256, heads=6))
     lengths = jnp.array([250, 140])
-    observe = jax.jit(lambda attention, *x: mj.observe_density(attention, *x, lengths=lengths))
-    want, pairs = observe(attention, q, k, v)
-
+    run = jax.jit(lambda attention, *x: attention(*x, lengths=lengths))
+    want = run(attention, q, k, v)
     stored, positions = balanced_order(256, 2), natural_order(256, 2)
-    got, counted = observe(sharded(attention, 2, 2), *(x[:, stored] for x in (q, k, v)))
+    got = run(sharded(attention, 2, 2), *(x[:, stored] for x in (q, k, v)))[:, positions]
     for row, length in enumerate(lengths):
-        rows = (x[row : row + 1, :length] for x in (got[:, positions], want))
-        assert_attention_close(*rows)
-    np.testing.assert_array_equal(counted.visited, pairs.visited)
-    np.testing.assert_array_equal(counted.causal, pairs.causal)
+        assert_attention_close(got[row : row + 1, :length], want[row : row + 1, :length])
 
 
 def tiny_model(params, tokens, positions, lengths, attention):
@@ -125,14 +121,18 @@ def test_a_model_with_the_hybrid_moves_keys_and_values_alone():
 
 
 def test_fewer_kv_heads_than_devices_and_a_layer_that_does_not_pay():
-    # Of heads by themselves some would pay; the layer does not, so that all are dense.
-    heads = [mj.AShape(sink_size=1, window_size=1)] + [mj.AShape(sink_size=4, window_size=900)] * 3
-    attention = mj.SparseAttention(mj.HeadPatterns.from_grid([heads]), 16, 16, break_even=80)
-    q, k, v = random_qkv(3, q_len=100)
-    run = jax.jit(lambda attention, *x: attention(*x))
-    got = run(sharded(attention.layer(0), heads=4), *map(jnp.asarray, (q, k, v)))
-    mask = np.broadcast_to(causal_mask(100, 100), (1, 4, 100, 100))
-    assert_attention_close(got, masked_attention(q, k, v, mask))
+    # The heads of one device would pay; the layer does not, so that all are dense.
+    local, wide = mj.AShape(sink_size=1, window_size=1), mj.AShape(sink_size=4, window_size=900)
+    patterns = mj.HeadPatterns.from_grid([[local, local, wide, wide]])
+    attention = mj.SparseAttention(patterns, 16, 16, implementation="reference", break_even=100)
+    q, k, v = random_qkv(3, q_len=128, kv_heads=1)
+    stored, positions = balanced_order(128, 2), natural_order(128, 2)
+    observe = jax.jit(lambda *x: mj.observe_density(*x, lengths=jnp.array([100])))
+    out, pairs = observe(sharded(attention.layer(0), 2, 2), *(x[:, stored] for x in (q, k, v)))
+    mask = np.broadcast_to(causal_mask(128, 128), (1, 4, 128, 128))
+    assert_attention_close(out[:, positions], masked_attention(q, k, v, mask), rows=100)
+    np.testing.assert_array_equal(pairs.visited, np.full((1, 4), 100 * 101 / 2))
+    np.testing.assert_array_equal(pairs.causal, pairs.visited)
 
 
 ONE = mj.HeadPatterns.uniform(mj.Dense(), num_layers=1, num_heads=6)
@@ -144,7 +144,7 @@ SPARSE = mj.SparseAttention(ONE, 16, 16).layer(0)
     [
         (SPARSE, (4, 1), 2, 64, "6 query heads .* 4 devices"),
         (SPARSE, (2, 1), 3, 64, "3 KV heads .* 2 devices"),
-        (SPARSE, (1, 2), 2, 96, "64 must divide its rows; got 96 queries"),
+        (SPARSE, (1, 2), 2, 96, "96 rows do not make 4 chunks .* of 16"),
         (mj.SparseAttention(ONE), (2, 1), 2, 64, r"\[layers, heads\]"),
         (mj.TopKAttention(4), (1, 2), 2, 64, "TopKAttention needs .* split heads alone"),
         (mj.AdaptiveAttention(mj.FlexPrefill(0.9), LAYOUT), (1, 2), 2, 64, "FlexPrefill decides"),
@@ -160,6 +160,12 @@ def test_what_cannot_be_split(attention, devices, kv_heads, length, message, as_
     q, k, v = map(jnp.asarray, random_qkv(0, q_len=length, heads=6, kv_heads=kv_heads))
     with pytest.raises(ValueError, match=message):
         sharded(attention, *devices)(q, k, v)
+
+
+def test_chunks_of_a_prompt_cannot_be_split(as_users_see_it):
+    q, k, v = map(jnp.asarray, random_qkv(0, q_len=64, heads=6))
+    with pytest.raises(ValueError, match=r"only whole prompts .* `q_offset` 0"):
+        sharded(SPARSE, 1, 2)(q, k, v, q_offset=0)
 
 
 def test_axes_of_the_mesh():
