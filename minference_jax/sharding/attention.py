@@ -113,16 +113,15 @@ class ShardedAttention:
         """
         return self._run(q, k, v, lengths, q_offset, count=True)
 
-    def _run(self, q, k, v, lengths, q_offset, *, count):
+    def _run(self, q, k, v, lengths, q_offset, *, count) -> tuple[Any, Any]:
         check_attention_shapes(q, k, v)
         check_lengths(lengths, q.shape[0], k.shape[1])
         self._check(q, k, q_offset)
         lengths, q_offset = resolve_lengths(q.shape[0], q.shape[1], k.shape[1], lengths, q_offset)
         # What does not fit the attention is told in numbers of the whole.
         jax.eval_shape(self.attention, q, k, v, lengths=lengths, q_offset=q_offset)
-        attention = _decided(self.attention, q.shape[1], k.shape[1])
+        attention = _decided(self.attention, q, k)
 
-        of_heads = PartitionSpec(None, self.heads_axis)
         queries = keys = PartitionSpec(None, self.sequence_axis, self.heads_axis)
         if k.shape[2] < self._size(self.heads_axis):
             keys = PartitionSpec(None, self.sequence_axis)
@@ -134,7 +133,7 @@ class ShardedAttention:
             functools.partial(self._on_device, kv_heads=k.shape[2], count=count),
             mesh=Mesh(self.mesh.devices, self.mesh.axis_names),
             in_specs=(arrays, queries, keys, keys, everywhere, everywhere),
-            out_specs=(queries, CountedPairs(of_heads, of_heads, of_heads) if count else None),
+            out_specs=(queries, PartitionSpec(None, self.heads_axis)),
             check_vma=False,  # kernels loop as long as their data says
         )
         return run(jax.tree.map(jnp.asarray, attention), q, k, v, lengths, q_offset)
@@ -144,9 +143,9 @@ class ShardedAttention:
         if kv_heads < self._size(self.heads_axis):
             own = jax.lax.axis_index(self.heads_axis) * kv_heads // self._size(self.heads_axis)
             k, v = (jax.lax.dynamic_slice_in_dim(x, own, 1, axis=2) for x in (k, v))
-        kv_len = k.shape[1] * self._size(self.sequence_axis)
-        if self._size(self.sequence_axis) > 1:
-            axis = self.sequence_axis
+        axis = self.sequence_axis
+        kv_len = k.shape[1] * self._size(axis)
+        if axis is not None and self._size(axis) > 1:
             chunks = attend_by_parts(attention, q, k, v, lengths=lengths, axis=axis)
         elif count:
             chunks = [(*attention.attend(q, k, v, lengths=lengths, q_offset=q_offset), q_offset)]
@@ -161,7 +160,7 @@ class ShardedAttention:
             for _, index, offset in chunks
         ]
         pairs = jax.tree.map(lambda *x: sum(x), *counts)
-        return out, pairs if self.sequence_axis is None else jax.lax.psum(pairs, self.sequence_axis)
+        return out, pairs if axis is None else jax.lax.psum(pairs, axis)
 
     def _size(self, axis):
         return 1 if axis is None else self.mesh.shape[axis]
@@ -217,13 +216,18 @@ class ShardedAttention:
             )
 
 
-def _decided(attention, q_len, kv_len):
-    """The attention, with what depends on all of a layer's heads decided: whether it pays."""
+def _decided(attention, q, k):
+    """The attention, with what depends on a layer's whole prompt and all heads decided."""
+    if isinstance(attention, SparseAttention):
+        return _decided_sparse(attention, q.shape[1], k.shape[1])
     if isinstance(attention, StaticAttention):
-        sparse = _decided(attention.sparse, q_len, kv_len)
+        sparse = _decided_sparse(attention.sparse, q.shape[1], k.shape[1])
         return dataclasses.replace(attention, sparse=sparse)
-    if not isinstance(attention, SparseAttention):
-        return attention
+    return attention
+
+
+def _decided_sparse(attention, q_len, kv_len):
+    """The patterns, all dense where they do not pay."""
     break_even, patterns = attention.keys_to_break_even(), attention.patterns
     if fallback.in_doubt(q_len, kv_len, break_even):
         pays = fallback.pays(patterns, q_len, kv_len, break_even)
@@ -234,9 +238,11 @@ def _decided(attention, q_len, kv_len):
 
 def _count(index, q_len, kv_len, *, lengths, q_offset):
     """The pairs of some consecutive queries."""
-    pairs = index.visited_pairs(q_len, kv_len, lengths=lengths, q_offset=q_offset)
+    visited, causal = index.visited_pairs(q_len, kv_len, lengths=lengths, q_offset=q_offset)
     if isinstance(index, CountedPairs):
-        return CountedPairs(*pairs, index.executed)
-    first = q_offset + jnp.arange(num_q_blocks(q_len, index.block_q)) * index.block_q
-    tiles = jnp.sum(fallback.executed_by(index, first, lengths), axis=2).astype(jnp.float32)
-    return CountedPairs(*pairs, tiles * (index.block_q * index.block_kv))
+        executed = index.executed
+    else:
+        first = q_offset + jnp.arange(num_q_blocks(q_len, index.block_q)) * index.block_q
+        tiles = jnp.sum(fallback.executed_by(index, first, lengths), axis=2)
+        executed = tiles.astype(jnp.float32) * (index.block_q * index.block_kv)
+    return CountedPairs(visited=visited, causal=causal, executed=executed)
