@@ -120,7 +120,16 @@ def test_a_model_with_the_hybrid_moves_keys_and_values_alone():
     assert not re.search(rf"f32\[1,{padded},({heads}|{heads // 2}),{head_dim}\]", text)
 
 
-def test_fewer_kv_heads_than_devices_and_a_layer_that_does_not_pay():
+def test_devices_that_share_a_kv_head_take_that_of_their_queries():
+    q, k, v = random_qkv(4, q_len=30, kv_len=50, kv_heads=2)
+    run = jax.jit(lambda attention, *x: attention(*x))
+    dense = mj.DenseAttention(16, 16, "reference")
+    out = run(sharded(dense, heads=4), *map(jnp.asarray, (q, k, v)))
+    mask = np.broadcast_to(causal_mask(30, 50), (1, 4, 30, 50))
+    assert_attention_close(out, masked_attention(q, k, v, mask))
+
+
+def test_a_layer_that_does_not_pay_is_dense_on_all_devices():
     # The heads of one device would pay; the layer does not, so that all are dense.
     local, wide = mj.AShape(sink_size=1, window_size=1), mj.AShape(sink_size=4, window_size=900)
     patterns = mj.HeadPatterns.from_grid([[local, local, wide, wide]])
