@@ -41,4 +41,5 @@ from minference_jax.patterns import VerticalSlash as VerticalSlash
 from minference_jax.recommended import recommended_attention as recommended_attention
 from minference_jax.recommended import recommended_patterns as recommended_patterns
 from minference_jax.search import search_patterns as search_patterns
+from minference_jax.sharding import ShardedAttention as ShardedAttention
 from minference_jax.types import AttentionFn as AttentionFn

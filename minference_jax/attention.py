@@ -121,6 +121,40 @@ class SparseAttention:
         """
         check_attention_shapes(q, k, v)
         check_lengths(lengths, q.shape[0], k.shape[1])
+        at = {"lengths": lengths, "q_offset": q_offset}
+        build = lambda: self.estimate(q, k, line_scores=line_scores, **at)
+
+        def sparse():
+            index = build()
+            attend = block_sparse_attention
+            return attend(q, k, v, index, implementation=self.implementation, **at), index
+
+        def everything():
+            like = jax.eval_shape(build)  # what does not fit is told at any length
+            attend = DenseAttention(block_q=self.block_q, implementation=self.implementation)
+            return attend(q, k, v, **at), dense_like(like, *sizes, **at)
+
+        sizes = (q.shape[1], k.shape[1])
+        break_even = self.keys_to_break_even()
+        if fallback.too_short(*sizes, break_even):
+            return everything()
+        if not fallback.in_doubt(*sizes, break_even):
+            return sparse()
+        return jax.lax.cond(fallback.pays(self.patterns, *sizes, break_even), sparse, everything)
+
+    def keys_to_break_even(self) -> int:
+        """`break_even`, that of the default device if None."""
+        if self.break_even is not None:
+            return self.break_even
+        return 0 if self.dense_above is None else _device_break_even()
+
+    def estimate(
+        self,
+        q: Float[Array, "batch q_len heads head_dim"],
+        k: Float[Array, "batch kv_len kv_heads head_dim"],
+        **how: Any,
+    ) -> BlockSparseIndex:
+        """The index alone, of any length; `how` goes to `build_index`."""
         shape = jnp.shape(self.patterns.kind)
         if len(shape) != 1:
             raise ValueError(
@@ -133,34 +167,13 @@ class SparseAttention:
                 f"`stagger` needs `block_q` to be a multiple of {2 * ALIGNMENT}, got {self.block_q}"
             )
         wide = q.shape[3] > _WIDEST_STAGGERED
-        stagger = not wide if self.stagger is None else self.stagger
         blocks = 128 if self.patterns.max_blocks else 96
-        at = {"lengths": lengths, "q_offset": q_offset}
-        patterns = jax.tree.map(jnp.asarray, self.patterns)
-        build = lambda: build_index(
-            patterns, q, k, block_q=self.block_q,
+        return build_index(
+            jax.tree.map(jnp.asarray, self.patterns), q, k, block_q=self.block_q,
             block_kv=self.block_kv or (64 if wide else blocks), last_q=LAST_Q,
-            dense_above=self.dense_above, stagger=stagger, line_scores=line_scores, **at,
+            dense_above=self.dense_above,
+            stagger=not wide if self.stagger is None else self.stagger, **how,
         )  # fmt: skip
-
-        def sparse():
-            index = build()
-            attend = block_sparse_attention
-            return attend(q, k, v, index, implementation=self.implementation, **at), index
-
-        def everything():
-            attend = DenseAttention(block_q=self.block_q, implementation=self.implementation)
-            return attend(q, k, v, **at), dense_like(jax.eval_shape(build), *sizes, **at)
-
-        sizes = (q.shape[1], k.shape[1])
-        break_even = self.break_even
-        if break_even is None:
-            break_even = 0 if self.dense_above is None else _device_break_even()
-        if fallback.too_short(*sizes, break_even):
-            return everything()
-        if not fallback.in_doubt(*sizes, break_even):
-            return sparse()
-        return jax.lax.cond(fallback.pays(patterns, *sizes, break_even), sparse, everything)
 
 
 @no_type_check

@@ -1,9 +1,9 @@
-"""Strict JAX flags for every test, two CPU devices for sharding tests, and the `gpu` marker."""
+"""Strict JAX flags for every test, four CPU devices for sharding tests, and the `gpu` marker."""
 
 import os
 
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
 )
 
 import jax

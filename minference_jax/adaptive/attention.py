@@ -88,7 +88,7 @@ class AdaptiveAttention:
         """
         check_attention_shapes(q, k, v)
         check_lengths(lengths, q.shape[0], k.shape[1])
-        if self._too_short(q, k):
+        if too_short(q.shape[1], k.shape[1], self.keys_to_break_even(*q.shape[2:])):
             jax.eval_shape(self.estimate, q, k)  # what does not fit is told at any length
             dense = DenseAttention(implementation=self.implementation)
             return dense.attend(q, k, v, lengths=lengths, q_offset=q_offset)
@@ -97,6 +97,12 @@ class AdaptiveAttention:
             q, k, v, index, lengths=lengths, q_offset=q_offset, implementation=self.implementation
         )
         return out, index
+
+    def keys_to_break_even(self, heads: int, head_dim: int) -> int:
+        """`break_even`, that of the default device for a layer of this size if None."""
+        if self.break_even is not None:
+            return self.break_even
+        return 0 if self.dense_above is None else device_break_even(self.estimator, heads, head_dim)
 
     def estimate(
         self,
@@ -113,13 +119,6 @@ class AdaptiveAttention:
         if self.dense_above is None:
             return index
         return make_costly_dense(index, self.dense_above, kv_len, q_offset=q_offset)
-
-    def _too_short(self, q, k) -> bool:
-        break_even = self.break_even
-        if break_even is None:
-            known = self.dense_above is not None
-            break_even = device_break_even(self.estimator, *q.shape[2:]) if known else 0
-        return too_short(q.shape[1], k.shape[1], break_even)
 
 
 @no_type_check

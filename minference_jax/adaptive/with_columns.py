@@ -58,13 +58,19 @@ class WithColumns:
         lengths: Int[Array, " batch"],
         q_offset: Int[Array, ""],
         layout: Layout,
+        line_scores: tuple[Array, Array] | None = None,
     ) -> BlockSparseIndex:
-        """The index; see `Estimator`."""
+        """The index; see `Estimator`.
+
+        With `line_scores` (what `last_query_scores` gives) columns are chosen by these.
+        """
         index = self.blocks(q, k, lengths=lengths, q_offset=q_offset, layout=layout)
         if index.columns.shape[2]:
             raise ValueError("`blocks` chooses columns itself; give one estimator all columns")
         kv_len = k.shape[1]
-        vertical, _ = last_query_scores(q, k, lengths=lengths, q_offset=q_offset, last_q=LAST_Q)
+        vertical, _ = line_scores or last_query_scores(
+            q, k, lengths=lengths, q_offset=q_offset, last_q=LAST_Q
+        )
         by_list = split_heads(q, k.shape[2], layout)
         budget = jnp.minimum(per_list(self.num_columns, "num_columns", by_list), self.max_columns)
         key = jnp.arange(kv_len, dtype=jnp.int32)

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from minference_jax.patterns import BLOCK_SIZE
 from pallas_kernels.block_sparse_attention.index import NO_TILE
-from pallas_kernels.common.tiling import cdiv, round_up
+from pallas_kernels.common.tiling import cdiv
 
 # Query tiles scored at a time: bounds the score matrix to this many rows for each head.
 _ROWS_PER_STEP = 256
@@ -27,7 +27,7 @@ def block_tiles(
     *,
     max_blocks: int,
     lengths: Int[Array, " batch"],
-    q_offset: Int[Array, ""],
+    first: Int[Array, " num_q_blocks"],
     block_q: int,
     block_kv: int,
 ) -> tuple[
@@ -36,7 +36,8 @@ def block_tiles(
     """For each query tile the key tiles of largest score between block means.
 
     A tile's score is the product of the means of its real queries and keys; only tiles with a
-    causal key take part, and those that overlap the query tile's own rows come first.
+    causal key take part, and those that overlap the query tile's own rows come first. `first` has
+    the positions of the query tiles' first rows.
 
     Returns:
         Starts of the tiles, descending, then NO_TILE; and how many there are.
@@ -45,7 +46,7 @@ def block_tiles(
     budget = -(-num_blocks * BLOCK_SIZE // block_kv)
     max_tiles = tiles_per_row(max_blocks, k.shape[1], block_q, block_kv)
     one_head = functools.partial(
-        _one_head, q_offset=q_offset, block_q=block_q, block_kv=block_kv, max_tiles=max_tiles
+        _one_head, first=first, block_q=block_q, block_kv=block_kv, max_tiles=max_tiles
     )
     group = jax.vmap(one_head, in_axes=(1, None, 0, None))
     kv_group = jax.vmap(group, in_axes=(1, 1, 0, None))
@@ -57,15 +58,15 @@ def block_tiles(
     return starts.reshape(*flat, *starts.shape[3:]), count.reshape(*flat, count.shape[3])
 
 
-def _one_head(q, k, budget, length, *, q_offset, block_q, block_kv, max_tiles):
+def _one_head(q, k, budget, length, *, first, block_q, block_kv, max_tiles):
     """One head: q [q_len, head_dim], k [kv_len, head_dim]."""
-    q_mean = block_means(q, block_q, length - q_offset)
+    q_mean = _means(q, block_q, jnp.clip(length - first, 0, block_q))
     k_mean = block_means(k, block_kv, length)
     tile_start = jnp.arange(k_mean.shape[0]) * block_kv
     rows = q_mean.shape[0]
     step = min(_ROWS_PER_STEP, rows)
-    first = q_offset + jnp.arange(round_up(rows, step)) * block_q
-    q_mean = jnp.pad(q_mean, ((0, first.shape[0] - rows), (0, 0)))
+    more = -rows % step
+    q_mean, first = jnp.pad(q_mean, ((0, more), (0, 0))), jnp.pad(first, (0, more))
 
     def choose(q_mean, first):
         scores = jnp.dot(k_mean, q_mean, precision=jax.lax.Precision.HIGHEST)
@@ -107,9 +108,13 @@ def block_means(
     x: Float[Array, "rows width"], block: int, length: Int[Array, ""]
 ) -> Float[Array, "blocks width"]:
     """Means over blocks of rows, of the rows below length alone; float32, 0 where there is none."""
+    begin = jnp.arange(cdiv(x.shape[0], block)) * block
+    return _means(x, block, jnp.clip(length - begin, 0, block))
+
+
+def _means(x, block, real):
+    """Means over blocks of rows, of the first `real` [blocks] of each; 0 where there is none."""
     rows, width = x.shape
-    padded = round_up(rows, block)
-    real = jnp.arange(padded) < length
-    x = jnp.where(real[:, None], jnp.pad(x.astype(jnp.float32), ((0, padded - rows), (0, 0))), 0.0)
-    counts = jnp.maximum(jnp.sum(real.reshape(-1, block), axis=1), 1)
-    return jnp.sum(x.reshape(-1, block, width), axis=1) / counts[:, None]
+    x = jnp.pad(x.astype(jnp.float32), ((0, -rows % block), (0, 0))).reshape(-1, block, width)
+    x = jnp.where((jnp.arange(block)[None, :] < real[:, None])[:, :, None], x, 0.0)
+    return jnp.sum(x, axis=1) / jnp.maximum(real, 1)[:, None]

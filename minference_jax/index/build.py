@@ -1,5 +1,8 @@
 """From one layer's patterns, queries and keys to the index of all its heads."""
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -28,6 +31,8 @@ def build_index(
     dense_above: float | None = None,
     stagger: bool = False,
     line_scores: tuple[Array, Array] | None = None,
+    first: Int[Array, " num_q_blocks"] | None = None,
+    total: Callable[[Any], Any] = lambda of_heads: of_heads,
 ) -> BlockSparseIndex:
     """Estimates the sparse index of every head of one layer; jittable, O(N) memory for each head.
 
@@ -49,9 +54,13 @@ def build_index(
             so that lines are cut for half as many rows and cover fewer keys.
         line_scores: what `lines.last_query_scores` gives for these queries and keys, where it is
             known already; vertical-slash heads then look at nothing else of them.
+        first: position of each query tile's first row, where q's tiles do not follow each other
+            from q_offset on; all alike modulo 8, and `line_scores` must be known.
+        total: sums arrays of heads over the devices that hold other query tiles of these prompts.
 
     Returns:
-        The index, for `pallas_kernels.block_sparse_attention`.
+        The index, for `pallas_kernels.block_sparse_attention`; with `first`, for calls that take
+        the tiles of consecutive rows.
     """
     batch, q_len, heads, _ = q.shape
     kv_len = k.shape[1]
@@ -59,12 +68,13 @@ def build_index(
     blocks = {"block_q": block_q, "block_kv": block_kv}
     later = block_q // 2 if stagger else 0
     run = {"block_q": block_q - later, "block_kv": block_kv}
+    rows = num_q_blocks(q_len, block_q)
+    if first is None:
+        first = q_offset + jnp.arange(rows) * block_q
     columns, column_count, near = _line_lists(
-        patterns, q, k, lengths, q_offset, last_q, run, line_scores
+        patterns, q, k, lengths, q_offset, last_q, first[0] % ALIGNMENT, run, line_scores
     )
 
-    rows = num_q_blocks(q_len, block_q)
-    first = q_offset + jnp.arange(rows) * block_q
     everything, dense_count, dense_origin = dense.dense_lists(first, kv_len, **blocks)
     dense_count = dense_count[None, None, :]
     real = first[None, None, :] < lengths[:, None, None]
@@ -81,7 +91,7 @@ def build_index(
     blocks_at = capacity + everything.shape[0]
 
     if patterns.max_blocks > 0:
-        listed, listed_count = _block_lists(patterns, q, k, lengths, q_offset, blocks)
+        listed, listed_count = _block_lists(patterns, q, k, lengths, first, blocks)
         entries.append(listed.reshape(batch, heads, -1))
         is_block = kind == Kind.BLOCK_SPARSE
         begin = jnp.where(is_block, blocks_at + jnp.arange(rows) * listed.shape[3], begin)
@@ -94,7 +104,7 @@ def build_index(
         executed = fallback.executed_tiles(
             count, columns, column_count, first + block_q - 1, block_kv
         )
-        above = fallback.heads_above(executed, dense_count, dense_above)
+        above = fallback.heads_above(executed, dense_count, dense_above, total)
         column_count = jnp.where(above, 0, column_count)
         above = above[:, :, None]
         begin = jnp.where(above, capacity, begin)
@@ -114,10 +124,11 @@ def build_index(
     )
 
 
-def _line_lists(patterns, q, k, lengths, q_offset, last_q, run, scores):
+def _line_lists(patterns, q, k, lengths, q_offset, last_q, shift, run, scores):
     """Columns, their counts, and the tiles of the chosen distances, for every head.
 
-    `run` holds `block_kv` and, as `block_q`, the rows that share one start of each tile.
+    `run` holds `block_kv` and, as `block_q`, the rows that share one start of each tile; `shift` is
+    the position of each query tile's first row modulo 8.
     """
     kv_len = k.shape[1]
 
@@ -137,22 +148,22 @@ def _line_lists(patterns, q, k, lengths, q_offset, last_q, run, scores):
 
     def one_head(vertical, distances):
         columns = compact(key, vertical, patterns.max_columns, kv_len)
-        entries = tiles.tiles_of_distances(distances, q_offset % ALIGNMENT, **run)
+        entries = tiles.tiles_of_distances(distances, shift, **run)
         return columns, jnp.sum(vertical).astype(jnp.int32), entries
 
     return jax.vmap(jax.vmap(one_head))(vertical, distances)
 
 
-def _block_lists(patterns, q, k, lengths, q_offset, blocks):
+def _block_lists(patterns, q, k, lengths, first, blocks):
     """Tiles of every query tile [batch, heads, num_q_blocks, max_tiles], and their counts."""
-    batch, q_len, heads, _ = q.shape
-    rows = num_q_blocks(q_len, blocks["block_q"])
+    batch, _, heads, _ = q.shape
+    rows = first.shape[0]
     max_tiles = block_sparse.tiles_per_row(patterns.max_blocks, k.shape[1], **blocks)
 
     def estimate():
         return block_sparse.block_tiles(
             q, k, patterns.num_blocks, max_blocks=patterns.max_blocks, lengths=lengths,
-            q_offset=q_offset, **blocks,
+            first=first, **blocks,
         )  # fmt: skip
 
     def nothing():

@@ -9,11 +9,15 @@ full one, so a head's cost is the plain sum over the query tiles that hold a rea
 below 2^31 up to 4M queries by 4M keys in tiles of 64.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from minference_jax.patterns import BLOCK_SIZE, HeadPatterns, Kind
+from pallas_kernels.block_sparse_attention.index import BlockSparseIndex, visits_everything
 
 
 def executed_tiles(
@@ -43,10 +47,23 @@ def executed_tiles(
     return jnp.where(count > 0, count + column_tiles, 0)
 
 
+def executed_by(
+    index: BlockSparseIndex,
+    first: Int[Array, " num_q_blocks"],
+    lengths: Int[Array, " batch"],
+) -> Int[Array, "batch heads num_q_blocks"]:
+    """`executed_tiles` of an index; a query tile that runs densely has its columns in its tiles."""
+    last_row = first + index.block_q - 1
+    tiles = executed_tiles(index.count, index.columns, index.column_count, last_row, index.block_kv)
+    end = jnp.minimum(lengths[:, None], 1 + last_row[None, :])
+    return jnp.where(visits_everything(index, end), index.count, tiles)
+
+
 def heads_above(
     executed: Int[Array, "batch heads num_q_blocks"],
     dense: Int[Array, "*#batch_heads num_q_blocks"],
     dense_above: float,
+    total: Callable[[Any], Any] = lambda of_heads: of_heads,
 ) -> Bool[Array, "batch heads"]:
     """Which heads of which batch rows cost more than `dense_above` times dense attention.
 
@@ -54,9 +71,11 @@ def heads_above(
         executed: tiles that each query tile executes, 0 without real rows.
         dense: tiles that dense attention executes for it.
         dense_above: the share of dense attention's cost at which a list stops to pay.
+        total: sums arrays of heads over the devices that hold other query tiles.
     """
     dense_cost = jnp.sum(jnp.where(executed > 0, dense, 0), axis=2)
-    return jnp.sum(executed, axis=2) > dense_above * dense_cost
+    cost, dense_cost = total((jnp.sum(executed, axis=2), dense_cost))
+    return cost > dense_above * dense_cost
 
 
 def too_short(q_len: int, kv_len: int, break_even: int) -> bool:

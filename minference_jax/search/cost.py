@@ -6,14 +6,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from minference_jax.index import dense_index
-from minference_jax.index.fallback import executed_tiles
+from minference_jax.index.fallback import executed_by
 from minference_jax.pairs import CountedPairs
 from pallas_kernels import BlockSparseIndex
-from pallas_kernels.block_sparse_attention.index import (
-    num_q_blocks,
-    resolve_lengths,
-    visits_everything,
-)
+from pallas_kernels.block_sparse_attention.index import num_q_blocks, resolve_lengths
 
 # "flops": key tiles that the kernel executes, tiles of gathered columns among them.
 # "density": (query, key) pairs that a query sees through them.
@@ -52,10 +48,7 @@ def work_of(
     batch, heads = index.column_count.shape
     lengths, _ = resolve_lengths(batch, length, length, lengths, None)
     blocks = {"block_q": index.block_q, "block_kv": index.block_kv}
-    last_row = (1 + jnp.arange(num_q_blocks(length, index.block_q))) * index.block_q - 1
-    tiles = executed_tiles(index.count, index.columns, index.column_count, last_row, index.block_kv)
+    first = jnp.arange(num_q_blocks(length, index.block_q)) * index.block_q
+    tiles = executed_by(index, first, lengths)
     dense = dense_index(batch, heads, length, length, lengths=lengths, **blocks).count
-    # A query tile that runs densely has its columns inside its tiles.
-    end = jnp.minimum(lengths[:, None], 1 + last_row[None, :])
-    tiles = jnp.where(visits_everything(index, end), index.count, tiles)
     return Work(*(jnp.sum(x, axis=(0, 2)).astype(jnp.float32) for x in (tiles, dense)))
