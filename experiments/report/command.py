@@ -41,20 +41,21 @@ class Report:
         """Runs the command; raises UserError if an input cannot be used."""
         console = Console(stderr=True)
         report = make_report(read_entries(self.records, console))
-        readme = None if self.readme is None else _read(self.readme)
         path = self.output / "README.md"
         if path.exists() and not _read(path).startswith(MARK):
             raise UserError(f"{path} was not made by this command; choose another --output")
-        check_writable(self.output, folder=True)
         blocks = list(page(report, self.output))
-        path.write_text(text_of(blocks), encoding="utf-8")
-        if self.readme is not None and readme is not None:
+        texts = {path: text_of(blocks)}
+        if self.readme is not None:
             section = headline(report, path, self.readme.parent)
-            self.readme.write_text(replaced(readme, section, self.readme), encoding="utf-8")
+            texts[self.readme] = replaced(_read(self.readme), section, self.readme)
+        check_writable(self.output, folder=True)
         for block in blocks:
             if isinstance(block, Drawing):
                 block.draw(self.output / block.file)
-        Console().print(f"written: {path}", soft_wrap=True)
+        for written, text in texts.items():
+            written.write_text(text, encoding="utf-8")
+            Console().print(f"written: {written}", soft_wrap=True)
 
 
 def _read(path: Path) -> str:

@@ -12,15 +12,19 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(cell.replace('|', '\\|') for cell in row)} |" for row in body)
 
 
+def below(path: Path, folder: Path) -> str | None:
+    """Returns the way from a folder to a path below it, None if the path is elsewhere."""
+    here, there = path.resolve(), folder.resolve()
+    return here.relative_to(there).as_posix() if here.is_relative_to(there) else None
+
+
 def link(path: Path, folder: Path) -> str:
-    """Returns a link from a page in a folder to a file below it; names the file if it is elsewhere.
+    """Returns a link from a page in a folder to a file below it, the name of any other file.
 
     Folders that lie elsewhere are this machine's business, but for the one that a run is called by.
     """
-    here = path.resolve()
-    if here.is_relative_to(folder.resolve()):
-        return f"[{path.name}]({here.relative_to(folder.resolve()).as_posix()})"
-    return f"`{path.parent.name}/{path.name}`"
+    where = below(path, folder)
+    return f"`{path.parent.name}/{path.name}`" if where is None else f"[{path.name}]({where})"
 
 
 class Drawing(NamedTuple):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from experiments.compare.summary import Group, Line, group_markdown, summarise
 from experiments.latency import rows as latency
 from experiments.latency.plot import times_picture
 from experiments.latency.table import rows_markdown
-from experiments.report.markdown import Block, Drawing, link, short_revision
+from experiments.report.markdown import Block, Drawing, below, link, short_revision
 from experiments.report.read import Entry, as_this_version_writes
 
 # Of a latency record's rows; those of kernels alone are in the command's own table.
@@ -27,12 +28,14 @@ class Comparison:
         device: that it ran on.
         git: revision of the code.
         groups: lines of each model and length.
+        alone: whether the file holds no others.
     """
 
     path: Path
     device: str
     git: str | None
     groups: dict[Group, list[Line]]
+    alone: bool
 
     def caption(self, folder: Path) -> str:
         """What the tables were made from."""
@@ -57,10 +60,14 @@ def read_comparisons(entries: Sequence[Entry]) -> list[Comparison]:
             row = row_of(entry.record)
             summarise([row])
         found.setdefault((entry.path, row.made), []).append(row)
+    parts = Counter(path for path, _ in found)
     return [
-        Comparison(path=path, device=str(made[0]), git=made[1], groups=summarise(rows))
+        Comparison(
+            path=path, device=str(made[0]), git=made[1], groups=summarise(rows),
+            alone=parts[path] == 1,
+        )
         for (path, made), rows in found.items()
-    ]
+    ]  # fmt: skip
 
 
 def comparison_section(one: Comparison, folder: Path, name: str) -> Iterator[Block]:
@@ -70,8 +77,17 @@ def comparison_section(one: Comparison, folder: Path, name: str) -> Iterator[Blo
         if number == 0:
             yield one.caption(folder)
         yield group_markdown(lines)
-    draw = lambda path: quality_picture(one.groups, path=path)
-    yield Drawing(name, "Next-token KL from dense against the share executed, each method", draw)
+    what = "Next-token KL from dense against the share executed, each method"
+    drawn = one.path.with_suffix(".png")
+    # The command has drawn its record, if one revision made all of it.
+    if one.alone and drawn.exists() and (where := below(drawn, folder)):
+        yield f"![{what}]({where})"
+    else:
+        yield Drawing(name, what, functools.partial(_draw_quality, one.groups))
+
+
+def _draw_quality(groups: dict[Group, list[Line]], path: Path) -> None:
+    quality_picture(groups, path=path)
 
 
 def latency_sections(entries: Sequence[Entry], folder: Path) -> Iterator[Block]:

@@ -28,16 +28,19 @@ _TITLES = {
     "infinitebench": "InfiniteBench",
     "scbench": "Conversations, in the manner of SCBench",
 }
+# Tables of the paper that stand beside records of a kind.
 _PRINTED: dict[str, tuple[Printed, ...]] = {
+    "needle": (),
     "ruler": paper.RULER,
     "infinitebench": (*paper.INFINITEBENCH, paper.SNAPKV),
     "perplexity": (paper.PERPLEXITY,),
     "latency": (paper.PREFILL,),
 }
 _LEGEND = (
-    "Scores are in percent, means over tasks and lengths that all count the same, in brackets 95 % "
-    "intervals: Wilson's for a score, and Agresti and Min's for the difference from dense attention "
-    "on the same samples. They tell what other samples would give, not other models or texts. "
+    "Made by `minference report` from records. Scores are in percent, means over tasks and lengths "
+    "that all count the same, in brackets 95 % intervals: Wilson's for a score, and Agresti and "
+    "Min's for the difference from dense attention on the same samples. They tell what other "
+    "samples would give, not other models or texts. "
     "An interval that holds 0 proves no equality: only its ends bound the loss. "
     "`visited`: pairs of query and key, of dense attention's; times and the cache are of one "
     "prompt, compilation apart. What was measured with another revision, device, seed, other "
@@ -79,21 +82,27 @@ def page(report: Report, folder: Path) -> Iterator[Block]:
     for kind, studies in report.scored.items():
         if studies:
             yield f"## {_TITLES[kind]}"
-            for study in studies:
-                yield from sections.section(study, folder, named(kind, study.model))
-            yield from _printed(kind)
+        for study in studies:
+            yield from sections.section(study, folder, named(kind, study.model))
     if report.read:
         yield from ("## Perplexity", texts.LEGEND)
-        for study in report.read:
-            yield from texts.section(study, folder, named("perplexity", study.model))
-        yield from _printed("perplexity")
+    for study in report.read:
+        yield from texts.section(study, folder, named("perplexity", study.model))
     if report.compared:
         yield from ("## Next tokens beside dense attention's", LEGEND)
-        for one in report.compared:
-            yield from comparison_section(one, folder, named("compare", one.path.stem))
+    for one in report.compared:
+        yield from comparison_section(one, folder, named("compare", one.path.stem))
     if layers := list(latency_sections(report.entries, folder)):
         yield from ("## Attention alone", *layers)
-        yield from _printed("latency")
+    kinds = {entry.record["kind"] for entry in report.entries}
+    if kinds & _PRINTED.keys():
+        yield from ("## The paper's own figures", paper.COMPARABLE)
+    for kind, printed in _PRINTED.items():
+        for one in printed if kind in kinds else ():
+            yield f"{one.name}: {one.what}, {one.model}."
+            yield one.markdown()
+    if "needle" in kinds:
+        yield paper.NEEDLE
 
 
 def _names() -> Callable[[str, str], str]:
@@ -106,13 +115,3 @@ def _names() -> Callable[[str, str], str]:
         return name if used[name] == 1 else f"{name}-{used[name]}"
 
     return named
-
-
-def _printed(kind: str) -> Iterator[str]:
-    yield "### The paper's figures"
-    yield paper.COMPARABLE
-    if kind == "needle":
-        yield paper.NEEDLE
-    for one in _PRINTED.get(kind, ()):
-        yield f"{one.name}: {one.what}."
-        yield one.markdown()

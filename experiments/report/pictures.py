@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float
 
 from experiments.common.methods import slug
-from experiments.common.plotting import new_figure, save, short_tokens, wrapped
+from experiments.common.plotting import line_style, new_figure, save, short_tokens, wrapped
 from experiments.evaluation.stages import Score
 from experiments.needle.plot import grid_picture, grids_picture
 from experiments.report.scores import Scored, base_of, by_length, costs, parse_name
@@ -56,13 +56,15 @@ def prefill_picture(study: Scored, path: Path) -> Path:
     ends: dict[str, tuple[float, str, str]] = {}
     for number, (label, values) in enumerate(seconds.items()):
         dashed = label == base
-        colour = "0.35" if dashed else f"C{number % 10}"
-        axes.plot(lengths, values, "s--" if dashed else "o-", color=colour, markersize=4)
-        faster = f" {seconds[base][-1] / values[-1]:.2f} x" if base and not dashed else ""
-        ends[label] = (values[-1], f"{label}{faster}", colour)
+        [line] = axes.plot(lengths, values, **line_style(number))
+        if dashed:
+            line.set(color="0.35", linestyle="--")
+        faster = f", {seconds[base][-1] / values[-1]:.2f} x" if base and not dashed else ""
+        ends[label] = (values[-1], f"{label}{faster}", str(line.get_color()))
     axes.set(xscale="log", yscale="log", xlabel="prompt (tokens)", ylabel="seconds to read it")
     axes.set_xticks(lengths, [short_tokens(length) for length in lengths])
     axes.minorticks_off()
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.grid(alpha=0.3)
     axes.set_title(wrapped(f"{study.model}, {study.device}", figure), fontsize=8)
     low, high = np.log(axes.get_ylim())
@@ -76,12 +78,16 @@ def prefill_picture(study: Scored, path: Path) -> Path:
 
 
 def spread(heights: Mapping[str, float], gap: float = _GAP) -> dict[str, float]:
-    """Returns heights of labels moved apart as little as needed, in their order."""
+    """Returns heights of labels, from 0 to 1, moved apart in their order.
+
+    All of them stay between 0 and 1 if there is room.
+    """
     order = sorted(heights, key=lambda label: heights[label])
-    placed = np.array([heights[label] for label in order])
-    steps = gap * np.arange(len(placed))
-    free = placed - steps  # labels apart by `gap` are those whose `free` does not fall
-    return dict(zip(order, (_not_falling(free) + steps).tolist(), strict=True))
+    steps = gap * np.arange(len(order))
+    # Labels are `gap` apart if these do not fall.
+    free = _not_falling(np.array([heights[label] for label in order]) - steps)
+    free = np.maximum(np.minimum(free, 1 - steps[-1]), 0)
+    return dict(zip(order, (free + steps).tolist(), strict=True))
 
 
 def _not_falling(values: Float[np.ndarray, " n"]) -> Float[np.ndarray, " n"]:

@@ -13,6 +13,7 @@ from experiments.common.record import parse_record
 KINDS = ("needle", "ruler", "infinitebench", "scbench", "perplexity", "compare", "latency")
 # Tables made from rows that stand before them in the same file: they are made again.
 _DERIVED = ("compare_summary",)
+_NAMED = 3  # of the files that are left out
 
 
 class Entry(NamedTuple):
@@ -48,24 +49,22 @@ def read_entries(paths: Sequence[Path], console: Console) -> list[Entry]:
             f"{', '.join(KINDS)} have written"
         )
     entries: list[Entry] = []
-    seen: set[Path] = set()
-    for path in paths:
-        for file, chosen in _files(path):
-            if file.resolve() in seen:
-                continue
-            seen.add(file.resolve())
-            lines = _whole_lines(file, console)
-            try:
-                first = next(_entries(file, lines[:1]), None) if chosen else None
-            except UserError as error:
-                console.print(f"left out: {error}", soft_wrap=True, highlight=False)
-                continue
-            if chosen and first is None:
-                continue
-            found = [entry for entry in _entries(file, lines) if _reported(entry)]
-            if not found:
-                raise UserError(f"{file} holds no records; name a file that a command has written")
-            entries += found
+    left_out: list[Path] = []
+    for file, in_folder in dict(part for path in paths for part in _files(path)).items():
+        lines = _whole_lines(file, console)
+        if in_folder and not _begins_with_record(file, lines):
+            left_out.append(file)
+            continue
+        found = [entry for entry in _entries(file, lines) if entry.record["kind"] in KINDS]
+        if not found:
+            raise UserError(f"{file} holds no records; name a file that a command has written")
+        entries += found
+    if left_out:
+        names = ", ".join(map(str, left_out[:_NAMED])) + (", …" if len(left_out) > _NAMED else "")
+        console.print(
+            f"left out: {len(left_out)} files without records that a report shows ({names})",
+            soft_wrap=True, highlight=False,
+        )  # fmt: skip
     if not entries:
         raise UserError(f"there are no records in {', '.join(map(str, paths))}; check the path")
     return entries
@@ -83,13 +82,21 @@ def as_this_version_writes(entry: Entry) -> Iterator[None]:
         ) from error
 
 
-def _files(path: Path) -> list[tuple[Path, bool]]:
+def _files(path: Path) -> Iterator[tuple[Path, bool]]:
     """The files that a path stands for, and whether they are of a folder."""
-    if path.is_dir():
-        return [(file, True) for file in sorted(path.rglob("*.jsonl"))]
     if not path.exists():
         raise UserError(f"there is no file or folder {path}; check the path")
-    return [(path, False)]
+    if path.is_dir():
+        yield from ((file.resolve(), True) for file in sorted(path.rglob("*.jsonl")))
+    else:
+        yield path.resolve(), False
+
+
+def _begins_with_record(path: Path, lines: Sequence[str]) -> bool:
+    try:
+        return next(_entries(path, lines), None) is not None
+    except UserError:
+        return False
 
 
 def _whole_lines(path: Path, console: Console) -> list[str]:
@@ -128,7 +135,3 @@ def _entries(path: Path, lines: Sequence[str]) -> Iterator[Entry]:
         ]:
             raise UserError(f"{entry.place}: a record without {', '.join(missing)}")
         yield entry
-
-
-def _reported(entry: Entry) -> bool:
-    return entry.record["kind"] in KINDS

@@ -59,8 +59,18 @@ def _scores(part: dict[str, Any], kind: str) -> list[Score]:
     for name, score in part["scores"].items():
         found = parse_name(kind, name)
         mean = cells[found.get("task", kind), int(found["length"])]
-        costs = {what: getattr(mean, what) for what in Costs._fields}
-        scores.append(Score(name=name, task=mean.task, length=mean.length, score=score, **costs))
+        scores.append(
+            Score(
+                name=name,
+                task=mean.task,
+                length=mean.length,
+                score=score,
+                density=mean.density,
+                prefill_seconds=mean.prefill_seconds,
+                decode_seconds=mean.decode_seconds,
+                cache_bytes=round(mean.cache_bytes),
+            )
+        )
     again = {(mean.task, mean.length): mean for mean in means(scores)}
     for cell, mean in cells.items():
         same = cell in again and again[cell].samples == mean.samples
@@ -193,28 +203,21 @@ def score_table(
 
 
 def length_table(study: Scored) -> str | None:
-    """Returns what each length costs by each method; None if there is only one length."""
-    cells = cells_of(study)
-    lengths = sorted({length for _, length in cells})
-    if len(lengths) < 2:
+    """Returns scores and costs of each length and method; None if there is only one length."""
+    columns, base = by_length(study), base_of(study)
+    if len(columns) < 2:
         return None
-    base = base_of(study)
-    rows = []
-    for label in study.methods:
-        for number, length in enumerate(lengths):
-            at = [cell for cell in cells if cell[1] == length]
-            found = costs(study, label, at)
-            faster = (
-                ""
-                if base is None
-                else (f"{costs(study, base, at).prefill_seconds / found.prefill_seconds:.2f}")
-            )
-            score = percent(estimate(study, label, at).mean)
-            rows.append(
-                [label if number == 0 else "", f"{length:,}", score, *cost_cells(found), faster]
-            )
-    headings = ["method", "tokens", "score, %", *COSTS]
-    return table([*headings, "prefill, x dense"], [row if base else row[:-1] for row in rows])
+
+    def row(length: str, label: str) -> Iterator[str]:
+        cells = columns[length]
+        found = costs(study, label, cells)
+        yield from (length, label, percent(estimate(study, label, cells).mean), *cost_cells(found))
+        if base is not None:
+            yield f"{costs(study, base, cells).prefill_seconds / found.prefill_seconds:.2f}"
+
+    rows = [list(row(length, label)) for length in columns for label in study.methods]
+    faster = ["prefill, x dense"] if base is not None else []
+    return table(["tokens", "method", "score, %", *COSTS, *faster], rows)
 
 
 def by_length(study: Scored, tasks: Sequence[str] | None = None) -> dict[str, list[Cell]]:

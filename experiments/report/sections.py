@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.common.kv_cache import is_compression
 from experiments.common.plotting import short_tokens
+from experiments.report.beside import beside_paper, split_kept
 from experiments.report.markdown import Block, Drawing, percent, points, table
 from experiments.report.pictures import needle_pictures, prefill_picture
 from experiments.report.read import Entry
@@ -64,9 +64,12 @@ def section(study: Scored, folder: Path, name: str) -> Iterator[Block]:
     if (found := length_table(study)) is not None:
         yield "Score and costs by length:"
         yield found
+    # Of a conversation's later pieces only what is new is read.
+    if found is not None and study.kind != "scbench":
         draw = functools.partial(prefill_picture, study)
         yield Drawing(f"{name}-prefill", f"Seconds to read prompts by length, {study.model}", draw)
     yield from _kept(study)
+    yield from beside_paper(study)
 
 
 def _needle(study: Scored, name: str) -> Iterator[Block]:
@@ -107,7 +110,11 @@ def _scbench(study: Scored, name: str) -> Iterator[Block]:
     lengths = sorted({length for _, length in cells_of(study)})
     turns = max(int(task.rpartition(" ")[2]) for task, _ in cells_of(study))
     tasks = list(dict.fromkeys(task.partition(", turn ")[0] for task, _ in cells_of(study)))
-    yield "The interval's samples are conversations."
+    yield (
+        "The samples of the intervals are conversations: their turns depend on each other. "
+        "`prefill`: of what is read right before an answer, the context with it in the first turn "
+        "of `multi turn`."
+    )
     for task in tasks:
         cells = [cell for cell in cells_of(study) if cell[0].startswith(f"{task}, turn ")]
         columns = {
@@ -139,12 +146,6 @@ def _by_task(study: Scored) -> dict[str, list[tuple[str, int]]]:
     return columns
 
 
-def split_kept(label: str) -> tuple[str, str | None]:
-    """Returns a method's attention, and what it keeps of the prompt for decoding if not all."""
-    attention, plus, kept = label.rpartition("+")
-    return (attention, kept) if plus and is_compression(kept) else (label, None)
-
-
 def _kept(study: Scored) -> Iterator[str]:
     """The paper's Table 5: attention of the prompt down, what is kept for decoding across."""
     labels = {split_kept(label): label for label in study.methods}
@@ -156,10 +157,15 @@ def _kept(study: Scored) -> Iterator[str]:
         row = [attention]
         for kept in kinds:
             label = labels.get((attention, kept))
-            row.append("" if label is None else percent(estimate(study, label, cells).mean))
+            row.append("" if label is None else _with_cache(study, label, cells))
         rows.append(row)
-    yield "By what is kept of the prompt for decoding, average score:"
+    yield "By what is kept of the prompt for decoding, average score, and MiB of the cache:"
     yield table(["attention of the prompt", *(kept or "all" for kept in kinds)], rows)
+
+
+def _with_cache(study: Scored, label: str, cells: list[tuple[str, int]]) -> str:
+    score, cost = estimate(study, label, cells).mean, costs(study, label, cells)
+    return f"{percent(score)} ({cost.cache_bytes / 2**20:,.4g})"
 
 
 def headline(study: Scored, label: str) -> str:

@@ -32,6 +32,7 @@ class Study[Result]:
         files: of the records.
         days: of the records.
         methods: the results by label, dense first.
+        apart: from each earlier study of the model, what differs.
     """
 
     kind: str
@@ -45,6 +46,7 @@ class Study[Result]:
     files: list[Path] = dataclasses.field(default_factory=list)
     days: list[str] = dataclasses.field(default_factory=list)
     methods: dict[str, Result] = dataclasses.field(default_factory=dict)
+    apart: list[str] = dataclasses.field(default_factory=list)
 
     def source(self, folder: Path, number: str) -> str:
         """What a table of the study was made from, in short.
@@ -64,7 +66,25 @@ class Study[Result]:
             for name, value in self.settings.items()
             if value is not None and name.rpartition(".")[2] not in _SHOWN
         )
-        return f"{self.device}, JAX {self.jax}, {days}; {settings}; {self.source(folder, number)}"
+        text = f"{self.device}, JAX {self.jax}, {days}; {settings}; {self.source(folder, number)}"
+        if self.apart:
+            text += f" In a table of its own: it differs from others in {' / '.join(self.apart)}."
+        return text
+
+
+def _unlike(one: Study[Any], other: Study[Any]) -> list[str]:
+    """What keeps results out of one table, in words."""
+    names = [
+        name
+        for name in ("device", "git", "jax", "samples")
+        if getattr(one, name) != getattr(other, name)
+    ]
+    names += [
+        name
+        for name in one.settings.keys() | other.settings.keys()
+        if one.settings.get(name) != other.settings.get(name)
+    ]
+    return sorted({"revision" if name == "git" else name.rpartition(".")[2] for name in names})
 
 
 def _in_words(name: str, value: Any) -> str:
@@ -115,12 +135,19 @@ def studies[Result](
             study.days.append(day)
             if entry.path not in study.files:
                 study.files.append(entry.path)
-    return [_dense_first(study) for alike in found.values() for study in alike]
+    whole: list[Study[Result]] = []
+    for study in (study for alike in found.values() for study in alike):
+        kin = [one for one in whole if (one.model, one.mode) == (study.model, study.mode)]
+        apart = [_unlike(one, study) or ["its run"] for one in kin]
+        whole.append(_dense_first(study, apart))
+    return whole
 
 
-def _dense_first[Result](study: Study[Result]) -> Study[Result]:
+def _dense_first[Result](study: Study[Result], apart: list[list[str]]) -> Study[Result]:
     order = sorted(study.methods, key=lambda label: label != "dense")
-    return dataclasses.replace(study, methods={label: study.methods[label] for label in order})
+    methods = {label: study.methods[label] for label in order}
+    reasons = list(dict.fromkeys(", ".join(names) for names in apart))
+    return dataclasses.replace(study, methods=methods, apart=reasons)
 
 
 def _conditions(entry: Entry) -> dict[str, Any]:

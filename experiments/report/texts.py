@@ -83,10 +83,12 @@ def change(rows: Sequence[Row], length: int) -> str:
 
 
 def headline(study: Read, label: str) -> str:
-    """Returns `change` at the longest length."""
+    """Returns `change` at the longest length, and the pairs visited."""
     if label not in study.methods:
         return ""
-    return change(study.methods[label], _curve(study)[-1].length)
+    rows = study.methods[label]
+    longest = means(rows)[-1]
+    return f"{change(rows, longest.length)}<br>{percent(longest.density)} %"
 
 
 def _curve(study: Read) -> list[Mean]:
