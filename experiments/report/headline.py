@@ -110,7 +110,8 @@ def _comparisons(compared: Sequence[Comparison], folder: Path) -> Iterator[str]:
             dense = next((line for line in lines if line.method == "dense"), None)
             methods = [line for line in lines if line.family not in _ORACLES]
             close = [line for line in methods if line.kl <= _CLOSE]
-            if dense is None or not close:
+            # What one prompt says is no headline.
+            if dense is None or not close or len(group.prompts) < 2:
                 continue
             line = min(close, key=lambda line: line.executed)
             rows.append([

@@ -179,4 +179,6 @@ def headline(study: Scored, label: str) -> str:
         score += f" [{points(found.low)}, {points(found.high)}]"
     longest = max(length for _, length in cells)
     cost = costs(study, label, [cell for cell in cells if cell[1] == longest])
-    return f"{score}<br>{percent(cost.density)} %, {cost.prefill_seconds:.3g} s"
+    # Of a conversation's later pieces only what is new is read.
+    seconds = "" if study.kind == "scbench" else f", {cost.prefill_seconds:.3g} s"
+    return f"{score}<br>{percent(cost.density)} %{seconds}"
