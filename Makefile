@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test lint format clean
+.PHONY: demo test lint format report clean
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12) and "Python 3.12 or newer is needed, this is %s" % sys.version.split()[0])'
@@ -36,6 +36,10 @@ test: lint
 format: $(VENV)/.test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Tables of the README and of experiments/results, from the records there.
+report: $(VENV)/.base
+	$(BIN)/minference report experiments/results --output experiments/results --readme README.md
 
 clean:
 	rm -rf $(VENV)

@@ -15,6 +15,7 @@ from experiments.needle.command import Needle
 from experiments.patterns.command import Patterns
 from experiments.perplexity.command import Perplexity
 from experiments.prefill import Prefill
+from experiments.report.command import Report
 from experiments.ruler.command import Ruler
 from experiments.scbench.command import SCBench
 from experiments.search.command import Search
@@ -31,6 +32,7 @@ Command = tyro.conf.OmitArgPrefixes[
     | Annotated[InfiniteBench, tyro.conf.subcommand("infinitebench", prefix_name=False)]
     | Annotated[SCBench, tyro.conf.subcommand("scbench", prefix_name=False)]
     | Annotated[Perplexity, tyro.conf.subcommand("perplexity", prefix_name=False)]
+    | Annotated[Report, tyro.conf.subcommand("report", prefix_name=False)]
     | Annotated[Latency, tyro.conf.subcommand("latency", prefix_name=False)]
     | Annotated[Patterns, tyro.conf.subcommand("patterns", prefix_name=False)]
     | Annotated[Visited, tyro.conf.subcommand("visited", prefix_name=False)]

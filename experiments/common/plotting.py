@@ -22,6 +22,7 @@ STYLE: dict[str, Any] = {
     "figure.facecolor": "white",
     "savefig.facecolor": "white",
 }
+_MARKERS = "os^vDPX"
 _CELLS = 480  # squares along each side of a mask picture: about one per pixel
 
 
@@ -42,6 +43,11 @@ def save(figure: Figure, path: Path) -> Path:
     with mpl.rc_context(STYLE):
         figure.savefig(path)
     return path
+
+
+def line_style(number: int) -> dict[str, Any]:
+    """Returns colour and marker of one of many lines: no two of 70 look the same."""
+    return {"color": f"C{number % 10}", "marker": _MARKERS[number % 7], "markersize": 4}
 
 
 def wrapped(title: str, figure: Figure) -> str:

@@ -88,19 +88,33 @@ def read_records(path: Path, *, kind: str | None = None) -> list[dict[str, Any]]
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         if not line.strip():
             continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: not JSON ({error})") from error
-        version = record.get("schema") if isinstance(record, dict) else None
-        if version != SCHEMA_VERSION:
-            raise ValueError(
-                f"{path}, line {number}: expected a record of schema {SCHEMA_VERSION}, "
-                f"got {version}; write it again with this version of the project"
-            )
+        record = parse_record(line, f"{path}, line {number}")
         if kind is None or record["kind"] == kind:
             records.append(record)
     return records
+
+
+def parse_record(line: str, place: str) -> dict[str, Any]:
+    """Returns the record in a line.
+
+    Args:
+        line: of a JSONL file.
+        place: what errors call it.
+
+    Raises:
+        ValueError: it is no record, or one of another schema version.
+    """
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{place}: not JSON ({error})") from error
+    version = record.get("schema") if isinstance(record, dict) else None
+    if version != SCHEMA_VERSION:
+        raise ValueError(
+            f"{place}: expected a record of schema {SCHEMA_VERSION}, "
+            f"got {version}; write it again with this version of the project"
+        )
+    return record
 
 
 def remove_cut_line(path: Path) -> None:

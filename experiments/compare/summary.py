@@ -12,6 +12,13 @@ from experiments.compare.rows import Point, Row
 
 # Tasks whose perplexity means something: running text without a question.
 _TEXTS = ("book", "code")
+# What the columns of the tables mean.
+LEGEND = (
+    "Means over prompts. `executed`: key tiles that the kernel runs; `visited`: pairs of query "
+    "and key; both of dense attention's. `KL`: of the next token from dense attention, nats. "
+    "`top-1`: the same likeliest token. `perplexity`: change against dense attention on books "
+    "and code. `prefill`: median time to read a prompt. Under a task: right answers."
+)
 _HEADINGS = ("executed", "visited", "KL", "top-1", "perplexity", "prefill")
 
 
@@ -177,17 +184,16 @@ def table(group: Group, lines: Sequence[Line]) -> Table:
     return result
 
 
+def group_markdown(lines: Sequence[Line]) -> str:
+    """A group's lines as a table in Markdown."""
+    headings, rows = _cells(lines)
+    body = [headings, ["---", *["---:"] * (len(headings) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in body)
+
+
 def markdown(groups: dict[Group, list[Line]]) -> str:
     """All groups as Markdown, with what the columns mean."""
-    parts = [
-        "# Methods compared with dense attention",
-        "Means over prompts. `executed`: key tiles that the kernel runs; `visited`: pairs of query "
-        "and key; both of dense attention's. `KL`: of the next token from dense attention, nats. "
-        "`top-1`: the same likeliest token. `perplexity`: change against dense attention on books "
-        "and code. `prefill`: median time to read a prompt. Under a task: right answers.",
-    ]
+    parts = ["# Methods compared with dense attention", LEGEND]
     for group, lines in groups.items():
-        headings, rows = _cells(lines)
-        body = [headings, ["---", *["---:"] * (len(headings) - 1)], *rows]
-        parts += [f"## {group.title}", "\n".join(f"| {' | '.join(cells)} |" for cells in body)]
+        parts += [f"## {group.title}", group_markdown(lines)]
     return "\n\n".join(parts) + "\n"

@@ -109,21 +109,22 @@ def settings_of(config: Any, *, free: tuple[str, ...]) -> dict[str, Any]:
     Returns:
         All others by their dotted names, and device and revision.
     """
-    flat = _flat(dataclasses.asdict(config), "")
-    chosen = {name: value for name, value in flat.items() if name not in free}
+    options = flat(dataclasses.asdict(config))
+    chosen = {name: value for name, value in options.items() if name not in free}
     # Where the model lies does not matter; what it holds is known once it is loaded.
     chosen["model.model"] = Path(config.model.model).name
     here = environment([])
     return chosen | {name: here[name] for name in ("device", "git", "jax")}
 
 
-def _flat(values: dict[str, Any], prefix: str) -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Returns the values of nested options by their dotted names."""
+    found: dict[str, Any] = {}
     for name, value in values.items():
-        flat |= (
-            _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        found |= (
+            flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
         )
-    return flat
+    return found
 
 
 def write_record(

@@ -1,6 +1,7 @@
 """Rows of a latency record: what was measured, and how a file of them is read."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -69,6 +70,11 @@ def read_rows(path: Path, *, like: dict[str, Any] | None = None) -> Rows:
     elif records:
         device = records[-1]["environment"]["device"]
         records = [r for r in records if r["environment"]["device"] == device]
+    return rows_of(records)
+
+
+def rows_of(records: Sequence[dict[str, Any]]) -> Rows:
+    """Returns what records of `minference latency` hold, the newest figures of every point."""
     environments: list[dict[str, Any]] = []
     for record in records:
         short = {name: record["environment"][name] for name in ("date", "device", "git", "jax")}

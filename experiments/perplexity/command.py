@@ -14,7 +14,6 @@ from experiments.common.errors import UserError, check_writable, reported_as_use
 from experiments.common.fingerprint import fingerprint
 from experiments.common.methods import for_model, parse_whole_cache_methods, usage
 from experiments.common.options import LoadOptions, OptionalInt, at_least
-from experiments.common.plotting import new_figure, save, short_tokens, wrapped
 from experiments.common.session import load
 from experiments.evaluation.folder import (
     claim,
@@ -25,6 +24,7 @@ from experiments.evaluation.folder import (
 )
 from experiments.evaluation.options import DEFAULTS
 from experiments.perplexity.measure import Mean, means, measure_all
+from experiments.perplexity.plot import curves_picture
 from experiments.perplexity.texts import encode_texts, files_of
 from models.common.checks import check_context
 
@@ -108,7 +108,9 @@ class Perplexity:
         curves = {label: means(of_method) for label, of_method in rows.items()}
         console.width = max(console.width, _WIDTH)  # a figure cut short would be lost
         console.print(_table(curves, title=f"perplexity of {Path(self.model.model).name}"))
-        picture = self._draw(curves)
+        picture = curves_picture(
+            curves, title=Path(self.model.model).name, path=self.output / "perplexity.png"
+        )
         for method in methods:
             result = {
                 "means": [mean._asdict() for mean in curves[method.label]],
@@ -118,25 +120,6 @@ class Perplexity:
             write_record(self.output, method, kind="perplexity", config=self, result=result)
         for path in (picture, self.output / "record.jsonl"):
             console.print(f"written: {path}", soft_wrap=True)
-
-    def _draw(self, curves: dict[str, list[Mean]]) -> Path:
-        figure, [axes] = new_figure(5.6, 3.8)
-        [first, *_] = curves.values()
-        lengths = [mean.length for mean in first]
-        dense = [mean.dense_perplexity for mean in first]
-        axes.plot(lengths, dense, "s--", color="0.35", label="dense", markersize=4)
-        for label, curve in curves.items():
-            if label != "dense":
-                values = [mean.perplexity for mean in curve]
-                axes.plot(lengths, values, "o-", label=label, markersize=4)
-        axes.set(xlabel="length (tokens)", ylabel="perplexity")
-        axes.set_xticks(lengths, [short_tokens(length) for length in lengths])
-        axes.grid(alpha=0.3)
-        axes.legend(frameon=False)
-        texts = f"{first[0].texts} text{'s' if first[0].texts > 1 else ''}"
-        title = f"{Path(self.model.model).name}, {texts}"
-        axes.set_title(wrapped(title, figure), fontsize=8)
-        return save(figure, self.output / "perplexity.png")
 
 
 def _table(curves: dict[str, list[Mean]], *, title: str) -> Table:

@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.ticker import PercentFormatter
 from rich.table import Table
 
-from experiments.common.plotting import new_figure, save, wrapped
+from experiments.common.plotting import line_style, new_figure, save, wrapped
 from experiments.evaluation.run import Mean, means
 from experiments.evaluation.stages import Score
 from experiments.ruler.scores import THRESHOLD, effective_length
@@ -55,16 +55,16 @@ def in_words(scores: Sequence[Score]) -> str:
 
 def averages_picture(scores: Mapping[str, Sequence[Score]], *, title: str, path: Path) -> Path:
     """Writes the picture of average scores by length, a line for each method."""
-    figure, [axes] = new_figure(5.6, 3.6)
-    for label, found in scores.items():
+    figure, [axes] = new_figure(5.6, 3.2 + 0.17 * len(scores))
+    for number, (label, found) in enumerate(scores.items()):
         average = averages(found)
         axes.plot(
-            list(average), list(average.values()), marker="o", markersize=4,
+            list(average), list(average.values()), **line_style(number),
             clip_on=False, label=wrapped(label, figure),
         )  # fmt: skip
     axes.axhline(THRESHOLD, color="0.6", linewidth=0.8, linestyle="--", zorder=0)
     axes.annotate(
-        "effective", (1, THRESHOLD), xycoords=("axes fraction", "data"), ha="right", va="bottom",
+        "effective", (1.02, THRESHOLD), xycoords=("axes fraction", "data"), va="center",
         fontsize=7, color="0.4",
     )  # fmt: skip
     lengths = sorted({one.length for found in scores.values() for one in found})

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from rich.table import Table
 
-from experiments.common.plotting import new_figure, save, wrapped
+from experiments.common.plotting import line_style, new_figure, save, wrapped
 from experiments.evaluation.run import means
 from experiments.evaluation.stages import Score
 from experiments.scbench.pieces import Mode
@@ -18,6 +18,7 @@ from experiments.scbench.samples import turn_task
 
 _STYLES: dict[Mode, str] = {"multi_turn": "-", "shared_context": "--"}
 _SPREAD = 0.05  # lines beside each other, because many lie on 0 or 1
+_WIDTH = 0.6  # of all of them at most
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,15 +66,17 @@ def turns_picture(
     """Writes the picture of scores by turn: a part for each task and length, lines for methods."""
     columns = len(groups.lengths)
     rows = len(groups.tasks)
-    figure, axes = new_figure(1.6 + 3.4 * columns, 1.0 + 2.2 * rows, columns, rows)
     lines = [(label, mode) for label, modes in scores.items() for mode in modes]
+    apart = min(_SPREAD, _WIDTH / len(lines))
+    height = 0.7 + 2.2 * rows + 0.17 * len(lines)
+    figure, axes = new_figure(1.6 + 3.4 * columns, height, columns, rows)
     for part, (task, length) in zip(axes, groups.pairs, strict=True):
         for number, (label, mode) in enumerate(lines):
             found = groups.of_turns(scores[label][mode], task, length)
-            place = np.arange(1, groups.turns + 1) + _SPREAD * (number - (len(lines) - 1) / 2)
+            place = np.arange(1, groups.turns + 1) + apart * (number - (len(lines) - 1) / 2)
             part.plot(
-                place, found, _STYLES[mode], marker="o", markersize=4, clip_on=False,
-                color=f"C{list(scores).index(label)}", label=wrapped(f"{label}, {mode}", figure),
+                place, found, _STYLES[mode], **line_style(list(scores).index(label)),
+                clip_on=False, label=wrapped(f"{label}, {mode}", figure),
             )  # fmt: skip
         part.set(ylim=(0, 1), xlabel="turn", ylabel="right answers")
         part.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -26,7 +26,7 @@ def told(capsys, *argv):
         pytest.param(
             [],
             "Expected one of {generate, prefill, search, compare, compare-summary, needle, "
-            "ruler, infinitebench, scbench, perplexity, latency, patterns, visited}.",
+            "ruler, infinitebench, scbench, perplexity, report, latency, patterns, visited}",
             id="no-command",
         ),
         pytest.param(["generate"], "--model", id="no-model"),
