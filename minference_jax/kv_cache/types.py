@@ -8,6 +8,16 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.common.checks import check_attention_shapes, check_lengths
 
 
+class KVScales(NamedTuple):
+    """What the stored keys and values of a row's heads are to be multiplied by, float32.
+
+    A cache of all layers has a leading `[layers]` axis here.
+    """
+
+    keys: Float[Array, "*layers batch kv_heads"]
+    values: Float[Array, "*layers batch kv_heads"]
+
+
 class KeptKV(NamedTuple):
     """Keys and values of one layer that stay for decoding, in the order of their positions.
 
@@ -16,11 +26,13 @@ class KeptKV(NamedTuple):
             from `stored` on.
         values: as `keys`.
         stored: how many are kept of each row, the same number for all its heads.
+        scales: of keys and values kept in 8 bits, else None.
     """
 
     keys: Float[Array, "batch slots kv_heads head_dim"]
     values: Float[Array, "batch slots kv_heads head_dim"]
     stored: Int[Array, " batch"]
+    scales: KVScales | None = None
 
 
 @runtime_checkable

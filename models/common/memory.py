@@ -1,7 +1,7 @@
 """Device memory that a prefill needs, told before anything is on the device.
 
-Sizes of weights, cache and index are those of the arrays themselves, by `jax.eval_shape`; what lives
-inside a layer follows from how `models.common.layers` computes it.
+Sizes of weights, cache and index are those of the arrays themselves, by `jax.eval_shape`; what
+lives inside a layer follows from how `models.common.layers` computes it.
 """
 
 import functools

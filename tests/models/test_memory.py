@@ -22,7 +22,7 @@ WIDE = dataclasses.replace(CONFIG, **SIZES, vocab_size=1000, max_position=1 << 2
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class NeedsAll:
-    """In place of attention: reads all of q, k and v, and writes its output elsewhere, at no cost."""
+    """In place of attention: reads q, k and v, and writes its output elsewhere, at no cost."""
 
     scale: jax.Array
 
