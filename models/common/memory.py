@@ -31,7 +31,8 @@ class PrefillMemory(NamedTuple):
             a copy of the layer's cache.
         output: of one layer's attention.
         index: of one layer's attention: what it visits.
-        layer: parameters of one layer, which the loop over layers copies.
+        layer: what the loop over layers copies: parameters of one layer, and what a compression
+            keeps of it.
         chunk: MLP of the rows computed at once.
         logits: of the last token, float32.
     """
@@ -98,7 +99,8 @@ def estimate_prefill(
         params, tokens, rows, attention_fn, compression,
     )  # fmt: skip
     steps = config.num_layers * -(-length // at_once)
-    layers = num_bytes(params["layers"]) // config.num_layers
+    kept = 0 if compression is None else num_bytes(cache)
+    layer = (num_bytes(params["layers"]) + kept) // config.num_layers
     heads = config.head_dim * size * batch
     keys = length if at_once < length else at_once
     chunk = min(TOKENS_PER_CHUNK, batch * at_once)
@@ -109,7 +111,7 @@ def estimate_prefill(
         qkv=(config.num_heads * at_once + 2 * config.num_kv_heads * keys) * heads,
         output=config.num_heads * at_once * heads,
         index=num_bytes(index) // steps,
-        layer=layers,
+        layer=layer,
         chunk=chunk * size * (3 * config.hidden_dim + config.embed_dim),
         logits=num_bytes(logits),
     )

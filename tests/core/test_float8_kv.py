@@ -5,7 +5,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from minference_jax.kv_cache import DropKV, Float8KV, SnapKV
+from minference_jax.kv_cache import DropKV, Float8KV, StreamingKV
 from minference_jax.kv_cache.float8 import HEADROOM, from_float8, to_float8
 from tests.helpers import random_qkv
 
@@ -57,10 +57,10 @@ def test_zeros_stay_zeros():
 
 def test_what_another_method_keeps_is_kept_in_8_bits():
     q, k, v = keys_with_outliers()
-    snap = SnapKV(budget=9, window=3)
-    whole = snap(q, k, v, lengths=jnp.asarray(LENGTHS))
-    kept = Float8KV(snap)(q, k, v, lengths=jnp.asarray(LENGTHS))
-    assert Float8KV(snap).capacity == 9
+    ends = StreamingKV(3, 6)
+    whole = ends(q, k, v, lengths=jnp.asarray(LENGTHS))
+    kept = Float8KV(ends)(q, k, v, lengths=jnp.asarray(LENGTHS))
+    assert Float8KV(ends).capacity == 9
     assert kept.keys.shape == whole.keys.shape
     for stored, scale, want in zip((kept.keys, kept.values), kept.scales, whole[:2], strict=True):
         back = from_float8(stored, scale, jnp.float32)
@@ -74,7 +74,7 @@ def test_nothing_is_kept():
     assert kept.stored.tolist() == [0, 0]
 
 
-@pytest.mark.parametrize("compression", [Float8KV(), Float8KV(SnapKV()), DropKV()])
+@pytest.mark.parametrize("compression", [Float8KV(), Float8KV(StreamingKV()), DropKV()])
 def test_queries_of_another_length_are_refused(compression, as_users_see_it):
     q, k, v = map(jnp.asarray, random_qkv(0, q_len=4, kv_len=8))
     with pytest.raises(ValueError, match="`q` has 4 rows and `k` 8"):

@@ -35,7 +35,6 @@ class NeedsAll:
     ("batch", "length", "how"),
     [
         pytest.param(1, 32_768, {}, id="whole"),
-        pytest.param(1, 16_384, {}, id="the-mlp-needs-most"),
         pytest.param(2, 16_384, {"compression": StreamingKV(4, 60)}, id="compressed"),
         pytest.param(1, 32_768, {"chunk_size": 8_192}, id="chunks"),
     ],
