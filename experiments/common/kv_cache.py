@@ -6,13 +6,20 @@ from typing import NamedTuple
 
 from experiments.common.errors import UserError, reported_as_user_error
 from experiments.common.options import OptionalText
-from minference_jax.kv_cache import KVCompression, PyramidKV, SnapKV, StreamingKV
+from minference_jax.kv_cache import (
+    DropKV,
+    Float8KV,
+    KVCompression,
+    PyramidKV,
+    SnapKV,
+    StreamingKV,
+)
 
-USAGE = "snapkv:BUDGET, pyramidkv:BUDGET or streaming:FIRST,LAST"
+USAGE = "snapkv:BUDGET, pyramidkv:BUDGET, streaming:FIRST,LAST, fp8, or fp8: before one of these"
 
 
 class Compression(NamedTuple):
-    """A way to keep less than the whole cache.
+    """A way to keep less than the whole cache, or to keep it in fewer bits.
 
     Attributes:
         label: name and sizes, written in one way only.
@@ -33,11 +40,16 @@ _METHODS: dict[str, tuple[int, Callable[..., KVCompression]]] = {
 
 def is_compression(spec: str) -> bool:
     """Returns whether this begins with the name of a compression."""
-    return spec.partition(":")[0] in _METHODS
+    return spec.partition(":")[0] in ("fp8", *_METHODS)
 
 
 def parse_compression(spec: str, *, option: str) -> Compression:
     """Returns a compression; raises UserError, which names the option, if it is none."""
+    if spec == "fp8":
+        return Compression("fp8", lambda num_layers: Float8KV())
+    if spec.startswith("fp8:") and not spec.startswith("fp8:fp8"):
+        of = parse_compression(spec.removeprefix("fp8:"), option=option)
+        return Compression(f"fp8:{of.label}", lambda num_layers: Float8KV(of.make(num_layers)))
     name, _, written = spec.partition(":")
     sizes = written.split(",")
     wanted, make = _METHODS.get(name, (0, None))
@@ -56,7 +68,8 @@ class CacheOptions:
 
     kv_cache: OptionalText = None
     """Keys of the prompt kept by each layer and head: snapkv:1024, pyramidkv:1024 (on average), or
-    streaming:4,1020 (first and last ones); all if not given."""
+    streaming:4,1020 (first and last ones); fp8: all, in 8 bits; fp8:snapkv:1024: both; all if not
+    given."""
 
     def __post_init__(self) -> None:
         """Raises UserError for a method or a budget that is none."""
@@ -67,3 +80,17 @@ class CacheOptions:
         if self.kv_cache is None:
             return None
         return parse_compression(self.kv_cache, option="--kv-cache").make(num_layers)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PrefillCacheOptions(CacheOptions):
+    """The keys and values that are kept of the prompt."""
+
+    kv_cache: OptionalText = None
+    """Keys of the prompt kept by each layer and head: snapkv:1024, pyramidkv:1024 (on average), or
+    streaming:4,1020 (first and last ones); fp8: all, in 8 bits; fp8:snapkv:1024: both; none; all if
+    not given."""
+
+    def build(self, *, num_layers: int) -> KVCompression | None:
+        """Returns the compression of a model, None to keep everything."""
+        return DropKV() if self.kv_cache == "none" else super().build(num_layers=num_layers)

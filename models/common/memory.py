@@ -129,16 +129,33 @@ WAYS_OUT = (
 )
 
 
-def check_fits(memory: PrefillMemory, limit: int | None, *, ways_out: str = WAYS_OUT) -> None:
-    """Raises MemoryError if a prefill needs more than `limit` bytes, see `device_memory`."""
-    if limit is None or memory.peak <= limit:
+def check_fits(memory: PrefillMemory | int, limit: int | None, *, ways_out: str = WAYS_OUT) -> None:
+    """Raises MemoryError, with the ways out, if a prefill needs more than `limit` bytes.
+
+    Args:
+        memory: an estimate, or what a compiled program needs.
+        limit: what there is, see `device_memory`; None is no limit.
+        ways_out: what to do, in words.
+    """
+    needed = memory if isinstance(memory, int) else memory.peak
+    if limit is None or needed <= limit:
         return
-    parts = ", ".join(f"{part} {gib(size)}" for part, size in memory._asdict().items())
+    parts = ""
+    if isinstance(memory, PrefillMemory):
+        found = (f"{part} {gib(size)}" for part, size in memory._asdict().items())
+        parts = f" ({', '.join(found)})"
     raise MemoryError(
-        f"the prefill needs about {gib(memory.peak)} GiB at once ({parts}), but JAX has "
-        f"{gib(limit)} GiB on this device: {ways_out}. JAX takes three quarters of a GPU unless "
+        f"the prefill needs about {gib(needed)} GiB at once{parts}, but JAX has {gib(limit)} GiB "
+        f"on this device: {ways_out}. JAX takes three quarters of a GPU unless "
         "XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise, for example 0.95"
     )
+
+
+def compiled_bytes(compiled: jax.stages.Compiled) -> int:
+    """Bytes that a compiled program needs: what it is given, what it returns, what it holds."""
+    used: Any = compiled.memory_analysis()
+    held = used.temp_size_in_bytes + used.output_size_in_bytes - used.alias_size_in_bytes
+    return used.argument_size_in_bytes + held
 
 
 def gib(size: int) -> str:

@@ -194,7 +194,8 @@ def run_extend(params, tokens, lengths, cache, *, config, attention_fn, observe)
             state,
             to_stored(k, v, scales),
         )
-        k, v = from_stored(*(store[layer] for store in state), scales, q.dtype)
+        k, v = jax.tree.map(lambda store: store[layer], state)
+        k, v = from_stored(k, v, scales, q.dtype)
         out, seen = observe(attention, q, k, v, lengths=stored + lengths, q_offset=q_offset)
         return out, state, seen
 
@@ -204,7 +205,7 @@ def run_extend(params, tokens, lengths, cache, *, config, attention_fn, observe)
     )  # fmt: skip
     logits = ends.logits(_row_at(x, lengths - 1))
     counts = (cache.stored + lengths[None, :], cache.lengths + lengths, cache.rope_length)
-    return logits, KVCache(keys, values, *counts, cache.scales), seen
+    return logits, KVCache(keys, values, *counts, scales=cache.scales), seen
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -233,7 +234,7 @@ def run_decode_step(params, token, cache, *, config):
     room = jnp.max(cache.stored, axis=0) < cache.capacity
     logits = jnp.where(room[:, None], logits, jnp.nan)
     counts = (cache.stored + 1, cache.lengths + 1, cache.rope_length)
-    return logits, KVCache(keys, values, *counts, cache.scales)
+    return logits, KVCache(keys, values, *counts, scales=cache.scales)
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -245,7 +246,7 @@ def run_embedding(params, tokens, *, config):
 def _cache(kept, lengths, rope_length):
     """The cache of all layers after a prompt."""
     counts = (count.astype(jnp.int32) for count in (kept.stored, lengths, rope_length))
-    return KVCache(kept.keys, kept.values, *counts, kept.scales)
+    return KVCache(kept.keys, kept.values, *counts, scales=kept.scales)
 
 
 def _row_at(x: Float[Array, "batch s embed"], row: Int[Array, " batch"]) -> Array:

@@ -7,7 +7,7 @@ import pytest
 import minference_jax as mj
 from experiments.common.errors import UserError
 from experiments.common.methods import parse_method, parse_methods, parse_whole_cache_methods
-from minference_jax.kv_cache import PyramidKV, SnapKV, StreamingKV
+from minference_jax.kv_cache import Float8KV, PyramidKV, SnapKV, StreamingKV
 
 
 def attention_of(spec):
@@ -104,13 +104,20 @@ def test_minference_is_what_is_recommended():
             "a_shape-1,2+streaming-4,60",
             StreamingKV(4, 60),
         ),
+        ("dense+fp8", "dense+fp8", "dense+fp8", Float8KV()),
+        (
+            "dense+fp8:streaming:4,060",
+            "dense+fp8:streaming:4,60",
+            "dense+fp8-streaming-4,60",
+            Float8KV(StreamingKV(4, 60)),
+        ),
         ("threshold:1e+0", "threshold:1", "threshold-1", None),
     ],
 )
 def test_a_suffix_says_what_is_kept(spec, label, slug, kept):
     method = parse_method(spec)
     assert (method.label, method.slug, method.compression(2)) == (label, slug, kept)
-    bare = parse_method(spec.split("+s")[0])
+    bare = parse_method(spec.split("+fp8")[0].split("+s")[0])
     assert jax.tree.structure(method.attention(2, 4)) == jax.tree.structure(bare.attention(2, 4))
 
 
