@@ -4,18 +4,20 @@ import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax.numpy as jnp
+
 from experiments.common.errors import UserError, reported_as_user_error
 from experiments.common.options import OptionalText
 from minference_jax.kv_cache import (
     DropKV,
-    Float8KV,
+    EightBitKV,
     KVCompression,
     PyramidKV,
     SnapKV,
     StreamingKV,
 )
 
-USAGE = "snapkv:BUDGET, pyramidkv:BUDGET, streaming:FIRST,LAST, fp8, or fp8: before one of these"
+USAGE = "snapkv:BUDGET, pyramidkv:BUDGET, streaming:FIRST,LAST, or int8, fp8, int8:ONE_OF_THESE"
 
 
 class Compression(NamedTuple):
@@ -38,19 +40,25 @@ _METHODS: dict[str, tuple[int, Callable[..., KVCompression]]] = {
 }
 
 
+_EIGHT_BITS = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
+
+
 def is_compression(spec: str) -> bool:
     """Returns whether this begins with the name of a compression."""
-    return spec.partition(":")[0] in ("fp8", *_METHODS)
+    return spec.partition(":")[0] in (*_EIGHT_BITS, *_METHODS)
 
 
 def parse_compression(spec: str, *, option: str) -> Compression:
     """Returns a compression; raises UserError, which names the option, if it is none."""
-    if spec == "fp8":
-        return Compression("fp8", lambda num_layers: Float8KV())
-    if spec.startswith("fp8:") and not spec.startswith("fp8:fp8"):
-        of = parse_compression(spec.removeprefix("fp8:"), option=option)
-        return Compression(f"fp8:{of.label}", lambda num_layers: Float8KV(of.make(num_layers)))
-    name, _, written = spec.partition(":")
+    name, colon, written = spec.partition(":")
+    if (dtype := _EIGHT_BITS.get(name)) is not None:
+        if not colon:
+            return Compression(name, lambda num_layers: EightBitKV(dtype=dtype))
+        if written.partition(":")[0] in _METHODS:
+            of = parse_compression(written, option=option)
+            return Compression(
+                f"{name}:{of.label}", lambda num_layers: EightBitKV(of.make(num_layers), dtype)
+            )
     sizes = written.split(",")
     wanted, make = _METHODS.get(name, (0, None))
     if make is None or len(sizes) != wanted or not all(size.isdecimal() for size in sizes):
@@ -68,8 +76,8 @@ class CacheOptions:
 
     kv_cache: OptionalText = None
     """Keys of the prompt kept by each layer and head: snapkv:1024, pyramidkv:1024 (on average), or
-    streaming:4,1020 (first and last ones); fp8: all, in 8 bits; fp8:snapkv:1024: both; all if not
-    given."""
+    streaming:4,1020 (first and last ones); int8 or fp8: all, in 8 bits; int8:snapkv:1024: both;
+    all if not given."""
 
     def __post_init__(self) -> None:
         """Raises UserError for a method or a budget that is none."""
@@ -88,8 +96,8 @@ class PrefillCacheOptions(CacheOptions):
 
     kv_cache: OptionalText = None
     """Keys of the prompt kept by each layer and head: snapkv:1024, pyramidkv:1024 (on average), or
-    streaming:4,1020 (first and last ones); fp8: all, in 8 bits; fp8:snapkv:1024: both; none; all if
-    not given."""
+    streaming:4,1020 (first and last ones); int8 or fp8: all, in 8 bits; int8:snapkv:1024: both;
+    none; all if not given."""
 
     def build(self, *, num_layers: int) -> KVCompression | None:
         """Returns the compression of a model, None to keep everything."""

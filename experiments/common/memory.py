@@ -12,7 +12,7 @@ from models.common.layers import TOKENS_PER_CHUNK
 from models.common.memory import PrefillMemory, check_fits, estimate_prefill, gib
 
 WAYS_OUT = (
-    "--kv-cache fp8 or snapkv:4096 keeps less of the prompt (prefill: --kv-cache none nothing), "
+    "--kv-cache int8 or snapkv:4096 keeps less of the prompt (prefill: --kv-cache none nothing), "
     "--chunk-size 16384 computes fewer tokens at once, --dtype bfloat16 halves a float32 model"
 )
 _PARTS = {

@@ -1,7 +1,7 @@
 """What stays of keys and values after prefill: SnapKV, PyramidKV, StreamingLLM, 8 bits, nothing."""
 
 from minference_jax.kv_cache.drop import DropKV as DropKV
-from minference_jax.kv_cache.float8 import Float8KV as Float8KV
+from minference_jax.kv_cache.eight_bits import EightBitKV as EightBitKV
 from minference_jax.kv_cache.pyramid_kv import PyramidKV as PyramidKV
 from minference_jax.kv_cache.snap_kv import SnapKV as SnapKV
 from minference_jax.kv_cache.streaming import StreamingKV as StreamingKV

@@ -192,7 +192,7 @@ def run_extend(params, tokens, lengths, cache, *, config, attention_fn, observe)
         state = jax.tree.map(
             lambda store, new: jax.lax.dynamic_update_slice(store, new[None], start),
             state,
-            to_stored(k, v, scales),
+            to_stored(k, v, scales, cache.keys.dtype),
         )
         k, v = jax.tree.map(lambda store: store[layer], state)
         k, v = from_stored(k, v, scales, q.dtype)
@@ -221,7 +221,7 @@ def run_decode_step(params, token, cache, *, config):
         state = jax.tree.map(
             lambda store, new: store.at[layer, rows, stored].set(new[:, 0], mode="drop"),
             state,
-            to_stored(k, v, scales),
+            to_stored(k, v, scales, cache.keys.dtype),
         )
         k, v = jax.tree.map(lambda store: store[layer], state)
         return attend_cached(q, k, v, stored + 1, scales), state, None

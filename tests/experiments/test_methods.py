@@ -1,13 +1,16 @@
 """Methods as the command line names them, and what they keep for decoding."""
 
+import re
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import minference_jax as mj
 from experiments.common.errors import UserError
 from experiments.common.methods import parse_method, parse_methods, parse_whole_cache_methods
-from minference_jax.kv_cache import Float8KV, PyramidKV, SnapKV, StreamingKV
+from minference_jax.kv_cache import EightBitKV, PyramidKV, SnapKV, StreamingKV
 
 
 def attention_of(spec):
@@ -104,12 +107,12 @@ def test_minference_is_what_is_recommended():
             "a_shape-1,2+streaming-4,60",
             StreamingKV(4, 60),
         ),
-        ("dense+fp8", "dense+fp8", "dense+fp8", Float8KV()),
+        ("dense+fp8", "dense+fp8", "dense+fp8", EightBitKV(dtype=jnp.float8_e4m3fn)),
         (
-            "dense+fp8:streaming:4,060",
-            "dense+fp8:streaming:4,60",
-            "dense+fp8-streaming-4,60",
-            Float8KV(StreamingKV(4, 60)),
+            "dense+int8:streaming:4,060",
+            "dense+int8:streaming:4,60",
+            "dense+int8-streaming-4,60",
+            EightBitKV(StreamingKV(4, 60)),
         ),
         ("threshold:1e+0", "threshold:1", "threshold-1", None),
     ],
@@ -117,7 +120,7 @@ def test_minference_is_what_is_recommended():
 def test_a_suffix_says_what_is_kept(spec, label, slug, kept):
     method = parse_method(spec)
     assert (method.label, method.slug, method.compression(2)) == (label, slug, kept)
-    bare = parse_method(spec.split("+fp8")[0].split("+s")[0])
+    bare = parse_method(re.split(r"\+[a-z]", spec)[0])
     assert jax.tree.structure(method.attention(2, 4)) == jax.tree.structure(bare.attention(2, 4))
 
 

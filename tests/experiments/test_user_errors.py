@@ -88,15 +88,15 @@ def told(capsys, *argv):
         ),
         pytest.param(
             [*ASK, "--kv-cache", "snapkv"],
-            "pyramidkv:BUDGET, streaming:FIRST,LAST, fp8, or fp8: before one of these, got snapkv",
+            "pyramidkv:BUDGET, streaming:FIRST,LAST, or int8, fp8, int8:ONE_OF_THESE, got snapkv",
             id="kv-cache-without-budget",
         ),
         pytest.param(
             [*ASK, "--kv-cache", "streaming:4"],
-            "streaming:FIRST,LAST, fp8, or fp8: before one of these, got streaming:4",
+            "streaming:FIRST,LAST, or int8, fp8, int8:ONE_OF_THESE, got streaming:4",
             id="kv-cache-one-size",
         ),
-        pytest.param([*ASK, "--kv-cache", "fp8:fp8"], "got fp8:fp8", id="kv-cache-fp8-twice"),
+        pytest.param([*ASK, "--kv-cache", "int8:fp8"], "got int8:fp8", id="kv-cache-8-bits-twice"),
         pytest.param([*ASK, "--kv-cache", "none"], "got none", id="kv-cache-none-of-a-generation"),
         pytest.param(
             [*ASK, "--kv-cache", "snapkv:32"],
@@ -126,7 +126,7 @@ def test_a_prompt_too_large_for_the_device_is_told_before_the_weights_are_read(
     monkeypatch.setattr(command, "load", None)  # not even tried
     message = told(capsys, "prefill", "--model", tiny_model, "--prompt", "t1 t2")
     assert "weights 0.0" in message
-    assert "--kv-cache fp8" in message
+    assert "--kv-cache int8" in message
     assert "XLA_PYTHON_CLIENT_MEM_FRACTION" in message
 
 

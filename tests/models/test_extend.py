@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import minference_jax as mj
-from minference_jax.kv_cache import Float8KV, SnapKV
+from minference_jax.kv_cache import EightBitKV, SnapKV
 from models.common.decoder import decode_step, extend, prefill
 from models.common.passes import run_extend
 from tests.models.tiny import CONFIG, ScaledQueries, random_tokens, tiny_params
@@ -52,7 +52,7 @@ def test_pieces_read_one_after_the_other_equal_the_whole():
     ("compression", "kept"),
     [
         pytest.param(SNAP, 9, id="snapkv"),
-        pytest.param(Float8KV(), FIRST, id="fp8"),
+        pytest.param(EightBitKV(), FIRST, id="int8"),
     ],
 )
 def test_a_compressed_cache_is_continued_as_by_single_steps(compression, kept):
