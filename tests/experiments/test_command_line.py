@@ -48,7 +48,8 @@ def test_a_part_of_the_keys_is_kept(tiny_model, tmp_path):
     assert kept["cache_bytes"] == 2 * 2 * (32 + 4 + 3) * width * 4
 
 
-def test_what_is_kept_in_8_bits_and_what_is_not_kept(tiny_model, tmp_path):
+def test_what_is_kept_in_8_bits_and_what_is_not_kept(tiny_model, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(experiments_command, "device_memory", lambda: 2**40)
     argv = ["--model", tiny_model, "--prompt", PROMPT, "--attention", "dense"]
     config = json.loads((Path(tiny_model) / "config.json").read_text())
     width = config["head_dim"] * config["num_key_value_heads"]
@@ -58,6 +59,7 @@ def test_what_is_kept_in_8_bits_and_what_is_not_kept(tiny_model, tmp_path):
     ):
         [found] = run_recorded(tmp_path, *command, *argv, "--kv-cache", kept)["outcomes"]
         assert (found["name"], found["cache_bytes"]) == (f"dense, {kept}", size)
+        assert "memory: about 0.0 of 1024.0 GiB" in capsys.readouterr().err
 
 
 def test_memory_is_estimated_part_by_part_without_a_run(tiny_model, capsys, monkeypatch):
