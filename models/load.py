@@ -17,7 +17,7 @@ from models.common.tokenizer_gguf import tokenizer_from_gguf
 from models.common.weights import hub
 from models.common.weights.errors import LoadError
 from models.common.weights.gguf import GGUFFile
-from models.common.weights.orbax import CHECKPOINT_CONFIG, load_checkpoint
+from models.common.weights.orbax import CHECKPOINT_CONFIG, load_checkpoint, read_config
 from models.common.weights.rope_scaling import scaling_from_mapping
 from models.common.weights.safetensors import SafetensorsDirectory
 from models.common.weights.sharding import placed
@@ -73,10 +73,7 @@ def load_model(
         LoadError: the source is missing, damaged, of an unsupported kind or incomplete. Everything
             that does not fit is listed at once, before any weight is read.
     """
-    path = Path(source).expanduser()
-    name = path.absolute().name
-    if not path.exists() and hub.is_hub_id(str(source)):
-        path, name = hub.download(str(source)), str(source)
+    path, name = _located(source)
     own_tokenizer = None if tokenizer is None else Path(tokenizer).expanduser()
     if (path / CHECKPOINT_CONFIG).is_file():
         config, params, words = load_checkpoint(
@@ -97,6 +94,42 @@ def load_model(
     params = load_params(opened.tensors, opened.naming, target, place=place, on_tensor=on_tensor)
     config = _extended(opened.config, rope_scaling, max_position)
     return Model(config=config, params=params, tokenizer=words, name=opened.name or name)
+
+
+def abstract_model(
+    source: str | Path,
+    *,
+    dtype: Any = jnp.bfloat16,
+    tokenizer: str | Path | None = None,
+    rope_scaling: RopeScaling | Mapping[str, Any] | None = None,
+    max_position: int | None = None,
+) -> Model:
+    """What `load_model` would return for these arguments, its parameters as shapes only.
+
+    Nothing goes onto a device: for estimates of memory, and to count a prompt's tokens.
+
+    Raises:
+        LoadError: the source is missing, its configuration or its tokenizer damaged or unsupported.
+    """
+    path, name = _located(source)
+    own_tokenizer = None if tokenizer is None else Path(tokenizer).expanduser()
+    if (path / CHECKPOINT_CONFIG).is_file():
+        config, words = read_config(path), load_tokenizer(own_tokenizer or path)
+    else:
+        opened = _open(path)
+        config, name = opened.config, opened.name or name
+        words = opened.tokenizer() if own_tokenizer is None else load_tokenizer(own_tokenizer)
+    params = abstract_params(config, dtype)
+    config = _extended(config, rope_scaling, max_position)
+    return Model(config=config, params=params, tokenizer=words, name=name)
+
+
+def _located(source: str | Path) -> tuple[Path, str]:
+    """Where a source lies, downloaded if need be, and what it is called there."""
+    path = Path(source).expanduser()
+    if not path.exists() and hub.is_hub_id(str(source)):
+        return hub.download(str(source)), str(source)
+    return path, path.absolute().name
 
 
 def _open(path: Path) -> _Opened:

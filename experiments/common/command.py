@@ -4,12 +4,16 @@ import dataclasses
 import hashlib
 import sys
 
+import numpy as np
+from jaxtyping import Int
 from rich.console import Console
 
+import minference_jax as mj
 from experiments.common.attention import AttentionOptions
 from experiments.common.compare import Task, check_drawn_head, draw, run_outcomes
 from experiments.common.errors import UserError
 from experiments.common.kv_cache import CacheOptions
+from experiments.common.memory import check_room, plan, show_estimate
 from experiments.common.options import (
     ModelOptions,
     OutputOptions,
@@ -18,7 +22,10 @@ from experiments.common.options import (
 )
 from experiments.common.record import append_record
 from experiments.common.report import Outcome, show
-from experiments.common.session import encode, load
+from experiments.common.session import encode, load, sketch
+from models import Model
+from models.common.cache import kept_tokens
+from models.common.memory import PrefillMemory, device_memory, gib
 
 _RECORDED_CHARACTERS = 200
 
@@ -51,24 +58,24 @@ def run_prompt(
     Raises:
         UserError: an input cannot be used, or an output not be written.
     """
-    if cache.kv_cache is not None and config.model.chunk_size is not None:
-        raise UserError("--kv-cache needs the whole prompt at once; leave out --chunk-size")
+    _check_chunks(config, cache)
     progress, console = Console(stderr=True), Console()
     text = config.prompt.read()
     config.output.check_writable()
     config.attention.check_readable()
+    tokens, limit = None, device_memory()
+    if limit is not None:
+        memory, tokens = _plan(config, sampling, cache)
+        progress.print(f"memory: about {gib(memory.peak)} of {gib(limit)} GiB", highlight=False)
+        check_room(memory, limit)
     model = load(config.model, progress)
     config = dataclasses.replace(config, attention=config.attention.for_model(model, progress))
     attention = config.attention.build(
         num_layers=model.config.num_layers, num_heads=model.config.num_heads
     )
     check_drawn_head(config.output, model)
-    tokens = encode(
-        model,
-        text,
-        chat=config.prompt.chat,
-        max_new_tokens=1 if sampling is None else sampling.max_new_tokens,
-    )
+    if tokens is None:
+        tokens = _encode(model, config.prompt, sampling)
     task = Task(
         model=model,
         tokens=tokens,
@@ -103,6 +110,51 @@ def run_prompt(
         )
         console.print(f"record: {config.output.record}")
     return outcomes
+
+
+def show_plan(config: PromptCommand, *, cache: CacheOptions) -> None:
+    """Prints the memory that reading the prompt would need; raises UserError if it does not fit."""
+    _check_chunks(config, cache)
+    memory, tokens = _plan(config, None, cache)
+    limit = device_memory()
+    show_estimate(Console(), memory, length=tokens.shape[1], limit=limit)
+    check_room(memory, limit)
+
+
+def _check_chunks(config: PromptCommand, cache: CacheOptions) -> None:
+    if cache.kv_cache is not None and config.model.chunk_size is not None:
+        raise UserError("--kv-cache needs the whole prompt at once; leave out --chunk-size")
+
+
+def _plan(
+    config: PromptCommand, sampling: SamplingOptions | None, cache: CacheOptions
+) -> tuple[PrefillMemory, Int[np.ndarray, "1 length"]]:
+    """Memory of the run that needs most, and the prompt's tokens; loads no weights."""
+    model = sketch(config.model)
+    tokens = _encode(model, config.prompt, sampling)
+    layers, length = model.config.num_layers, tokens.shape[1]
+    asked = config.attention.build(num_layers=layers, num_heads=model.config.num_heads)
+    runs = [(asked, cache.build(num_layers=layers))]
+    if config.output.compare is not None:
+        runs.append((mj.DenseAttention(), None))
+    estimates = [
+        plan(
+            model, length, attention, compression=compression, chunk_size=config.model.chunk_size,
+            new_tokens=_room(sampling) if kept_tokens(compression, length) else 0,
+        )
+        for attention, compression in runs
+    ]  # fmt: skip
+    return max(estimates, key=lambda memory: memory.peak), tokens
+
+
+def _encode(
+    model: Model, prompt: PromptOptions, sampling: SamplingOptions | None
+) -> Int[np.ndarray, "1 length"]:
+    return encode(model, prompt.read(), chat=prompt.chat, max_new_tokens=_room(sampling))
+
+
+def _room(sampling: SamplingOptions | None) -> int:
+    return 1 if sampling is None else sampling.max_new_tokens
 
 
 def _shortened(prompt: PromptOptions) -> PromptOptions:

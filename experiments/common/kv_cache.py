@@ -4,15 +4,24 @@ import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax.numpy as jnp
+
 from experiments.common.errors import UserError, reported_as_user_error
 from experiments.common.options import OptionalText
-from minference_jax.kv_cache import KVCompression, PyramidKV, SnapKV, StreamingKV
+from minference_jax.kv_cache import (
+    DropKV,
+    EightBitKV,
+    KVCompression,
+    PyramidKV,
+    SnapKV,
+    StreamingKV,
+)
 
-USAGE = "snapkv:BUDGET, pyramidkv:BUDGET or streaming:FIRST,LAST"
+USAGE = "snapkv:BUDGET, pyramidkv:BUDGET, streaming:FIRST,LAST, or int8, fp8, int8:ONE_OF_THESE"
 
 
 class Compression(NamedTuple):
-    """A way to keep less than the whole cache.
+    """A way to keep less than the whole cache, or to keep it in fewer bits.
 
     Attributes:
         label: name and sizes, written in one way only.
@@ -31,14 +40,25 @@ _METHODS: dict[str, tuple[int, Callable[..., KVCompression]]] = {
 }
 
 
+_EIGHT_BITS = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
+
+
 def is_compression(spec: str) -> bool:
     """Returns whether this begins with the name of a compression."""
-    return spec.partition(":")[0] in _METHODS
+    return spec.partition(":")[0] in (*_EIGHT_BITS, *_METHODS)
 
 
 def parse_compression(spec: str, *, option: str) -> Compression:
     """Returns a compression; raises UserError, which names the option, if it is none."""
-    name, _, written = spec.partition(":")
+    name, colon, written = spec.partition(":")
+    if (dtype := _EIGHT_BITS.get(name)) is not None:
+        if not colon:
+            return Compression(name, lambda num_layers: EightBitKV(dtype=dtype))
+        if written.partition(":")[0] in _METHODS:
+            of = parse_compression(written, option=option)
+            return Compression(
+                f"{name}:{of.label}", lambda num_layers: EightBitKV(of.make(num_layers), dtype)
+            )
     sizes = written.split(",")
     wanted, make = _METHODS.get(name, (0, None))
     if make is None or len(sizes) != wanted or not all(size.isdecimal() for size in sizes):
@@ -56,7 +76,8 @@ class CacheOptions:
 
     kv_cache: OptionalText = None
     """Keys of the prompt kept by each layer and head: snapkv:1024, pyramidkv:1024 (on average), or
-    streaming:4,1020 (first and last ones); all if not given."""
+    streaming:4,1020 (first and last ones); int8 or fp8: all, in 8 bits; int8:snapkv:1024: both;
+    all if not given."""
 
     def __post_init__(self) -> None:
         """Raises UserError for a method or a budget that is none."""
@@ -67,3 +88,17 @@ class CacheOptions:
         if self.kv_cache is None:
             return None
         return parse_compression(self.kv_cache, option="--kv-cache").make(num_layers)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PrefillCacheOptions(CacheOptions):
+    """The keys and values that are kept of the prompt."""
+
+    kv_cache: OptionalText = None
+    """Keys of the prompt kept by each layer and head: snapkv:1024, pyramidkv:1024 (on average), or
+    streaming:4,1020 (first and last ones); int8 or fp8: all, in 8 bits; int8:snapkv:1024: both;
+    none; all if not given."""
+
+    def build(self, *, num_layers: int) -> KVCompression | None:
+        """Returns the compression of a model, None to keep everything."""
+        return DropKV() if self.kv_cache == "none" else super().build(num_layers=num_layers)

@@ -45,6 +45,7 @@ class Outcome:
             "prefill_seconds": run.seconds,
             "prefill_compile_seconds": run.compile_seconds,
             "peak_memory_bytes": run.peak_memory,
+            "program_bytes": run.program_bytes,
             "cache_bytes": run.cache_bytes,
             "density": np.round(run.density, 5),
             "generation": None if generation is None else dataclasses.asdict(generation),

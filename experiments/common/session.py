@@ -16,12 +16,14 @@ from tqdm import tqdm
 import minference_jax as mj
 from experiments.common.errors import UserError, reported_as_user_error
 from experiments.common.measure import peak_memory, stage
+from experiments.common.memory import check_room
 from experiments.common.options import LoadOptions, SamplingOptions
 from minference_jax.kv_cache import KVCompression
-from models import LoadError, Model, load_model
+from models import LoadError, Model, abstract_model, load_model
 from models.common.cache import kept_tokens
 from models.common.decoder import decode_step, prefill
 from models.common.generate import Sampling, choose_tokens
+from models.common.memory import compiled_bytes, device_memory
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,6 +40,7 @@ class PrefillRun:
         compile_seconds: time to trace and compile.
         seconds: time of each run, until the logits were there.
         peak_memory: most bytes held up to the end of this run.
+        program_bytes: what the compiled program needs by its own account.
     """
 
     logits: Float[np.ndarray, " vocab"]
@@ -49,6 +52,7 @@ class PrefillRun:
     compile_seconds: float
     seconds: list[float]
     peak_memory: int
+    program_bytes: int
 
     @property
     def median_seconds(self) -> float:
@@ -91,6 +95,17 @@ def load(options: LoadOptions, console: Console) -> Model:
             tokenizer=options.tokenizer,
             rope_scaling=options.scaling,
             on_tensor=on_tensor,
+        )
+
+
+def sketch(options: LoadOptions) -> Model:
+    """A model whose parameters are shapes only; raises UserError if its source cannot be used."""
+    with reported_as_user_error(LoadError, OSError):
+        return abstract_model(
+            options.model,
+            dtype=options.jax_dtype,
+            tokenizer=options.tokenizer,
+            rope_scaling=options.scaling,
         )
 
 
@@ -170,6 +185,7 @@ def run_prefill(
     """
     length = tokens.shape[1]
     total = length + max_new_tokens
+    kept = kept_tokens(compression, length)
 
     def read(params: Any, tokens: Array, attention: Any, compression: Any) -> Any:
         return prefill(
@@ -177,7 +193,7 @@ def run_prefill(
             tokens,
             config=model.config,
             attention_fn=attention,
-            capacity=kept_tokens(compression, length) + max_new_tokens,
+            capacity=kept + max_new_tokens if kept else 0,
             rope_length=jnp.full((1,), total, jnp.int32),
             chunk_size=chunk_size or length,  # so that observations always have a chunk axis
             observe=observe_index if keep_index else observe_density,
@@ -187,12 +203,17 @@ def run_prefill(
     arguments = (model.params, jnp.asarray(tokens), attention, compression)
     with stage(console, f"{name}: compiling the prefill") as compiling:
         compiled = jax.jit(read).lower(*arguments).compile()
-    seconds = []
+    needed = compiled_bytes(compiled)
+    check_room(needed, device_memory())
+    seconds: list[float] = []
+    found: Any = None
     with stage(console, f"{name}: reading {length} tokens"):
         for _ in range(repeats):
+            found = None  # the caches of two runs need not exist at once
             start = time.perf_counter()
-            logits, cache, (pairs, index) = jax.block_until_ready(compiled(*arguments))
+            found = jax.block_until_ready(compiled(*arguments))
             seconds.append(time.perf_counter() - start)
+    logits, cache, (pairs, index) = found
     visited, causal = (np.asarray(count, np.float64).sum(axis=1)[:, 0] for count in pairs)
     return PrefillRun(
         logits=np.asarray(logits[0], np.float32),
@@ -204,6 +225,7 @@ def run_prefill(
         compile_seconds=compiling.seconds,
         seconds=seconds,
         peak_memory=peak_memory(),
+        program_bytes=needed,
     )
 
 

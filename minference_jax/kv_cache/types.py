@@ -3,9 +3,19 @@
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from pallas_kernels.common.checks import check_attention_shapes, check_lengths
+
+
+class KVScales(NamedTuple):
+    """What the stored keys and values are to be multiplied by, in each channel, float32.
+
+    A cache of all layers has a leading `[layers]` axis here.
+    """
+
+    keys: Float[Array, "*layers batch kv_heads head_dim"]
+    values: Float[Array, "*layers batch kv_heads head_dim"]
 
 
 class KeptKV(NamedTuple):
@@ -16,11 +26,13 @@ class KeptKV(NamedTuple):
             from `stored` on.
         values: as `keys`.
         stored: how many are kept of each row, the same number for all its heads.
+        scales: of keys and values kept in 8 bits, else None.
     """
 
-    keys: Float[Array, "batch slots kv_heads head_dim"]
-    values: Float[Array, "batch slots kv_heads head_dim"]
+    keys: Num[Array, "batch slots kv_heads head_dim"]
+    values: Num[Array, "batch slots kv_heads head_dim"]
     stored: Int[Array, " batch"]
+    scales: KVScales | None = None
 
 
 @runtime_checkable

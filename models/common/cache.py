@@ -1,13 +1,14 @@
 """The key/value cache of all layers: static capacity, each layer's own number of keys."""
 
 import dataclasses
-from typing import no_type_check
+from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
-from minference_jax.kv_cache import KVCompression
+from minference_jax.kv_cache import KVCompression, KVScales
+from minference_jax.kv_cache.eight_bits import from_8_bits, to_8_bits
 
 
 @no_type_check
@@ -23,13 +24,15 @@ class KVCache:
             their positions: fewer than `lengths` if a compression dropped some.
         lengths: `[batch]` int32, tokens read of each row; also the position of its next token.
         rope_length: `[batch]` int32, the length that chose each row's rotary frequencies.
+        scales: of keys and values in 8 bits, `[layers, batch, kv_heads, head_dim]`; else None.
     """
 
-    keys: Float[Array, "layers batch capacity kv_heads head_dim"]
-    values: Float[Array, "layers batch capacity kv_heads head_dim"]
+    keys: Num[Array, "layers batch capacity kv_heads head_dim"]
+    values: Num[Array, "layers batch capacity kv_heads head_dim"]
     stored: Int[Array, "layers batch"]
     lengths: Int[Array, " batch"]
     rope_length: Int[Array, " batch"]
+    scales: KVScales | None = None
 
     @property
     def capacity(self) -> int:
@@ -54,21 +57,55 @@ def room_for(
     return max(kept + new_tokens, -(-kept // chunk) * chunk)
 
 
+def to_stored(
+    k: Float[Array, "batch s kv_heads head_dim"],
+    v: Float[Array, "batch s kv_heads head_dim"],
+    scales: KVScales | None,
+    dtype: Any,
+) -> tuple[Array, Array]:
+    """Keys and values of one layer as its cache, of this dtype, stores them."""
+    if scales is None:
+        return k, v
+    return to_8_bits(k, scales.keys, dtype), to_8_bits(v, scales.values, dtype)
+
+
+def from_stored(
+    keys: Num[Array, "batch s kv_heads head_dim"],
+    values: Num[Array, "batch s kv_heads head_dim"],
+    scales: KVScales | None,
+    dtype: Any,
+) -> tuple[Array, Array]:
+    """Keys and values of one layer's cache as attention reads them; 8 bits become a wider copy."""
+    if scales is None:
+        return keys, values
+    return from_8_bits(keys, scales.keys, dtype), from_8_bits(values, scales.values, dtype)
+
+
 def attend_cached(
     q: Float[Array, "batch 1 heads head_dim"],
-    keys: Float[Array, "batch capacity kv_heads head_dim"],
-    values: Float[Array, "batch capacity kv_heads head_dim"],
+    keys: Num[Array, "batch capacity kv_heads head_dim"],
+    values: Num[Array, "batch capacity kv_heads head_dim"],
     lengths: Int[Array, " batch"],
+    scales: KVScales | None = None,
 ) -> Float[Array, "batch 1 heads head_dim"]:
     """Attends one query of each row to the row's first `lengths` keys, densely, softmax in fp32.
 
     Query heads are grouped by the key/value head they share, so keys and values are never repeated.
+    Scales of keys in 8 bits are multiplied into the queries, those of values into the output.
     """
     batch, _, heads, head_dim = q.shape
     grouped = q.reshape(batch, keys.shape[2], heads // keys.shape[2], head_dim)
-    scores = jnp.einsum("bngd,bknd->bngk", grouped, keys, preferred_element_type=jnp.float32)
+    if scales is not None:
+        grouped = (grouped.astype(jnp.float32) * scales.keys[:, :, None]).astype(q.dtype)
+    scores = jnp.einsum(
+        "bngd,bknd->bngk", grouped, keys.astype(q.dtype), preferred_element_type=jnp.float32
+    )
     visible = jnp.arange(keys.shape[1])[None, :] < lengths[:, None]
     scores = jnp.where(visible[:, None, None, :], scores * head_dim**-0.5, -jnp.inf)
     weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    out = jnp.einsum("bngk,bknd->bngd", weights, values, preferred_element_type=jnp.float32)
+    out = jnp.einsum(
+        "bngk,bknd->bngd", weights, values.astype(q.dtype), preferred_element_type=jnp.float32
+    )
+    if scales is not None:
+        out = out * scales.values[:, :, None]
     return out.reshape(q.shape).astype(q.dtype)

@@ -106,6 +106,16 @@ def check_compression(
         )
 
 
+def check_continuation(compression: KVCompression | None, new_tokens: int) -> None:
+    """Raises ValueError when there is to be room for tokens after a prompt that is not kept."""
+    if compression is not None and compression.capacity == 0 and new_tokens > 0:
+        raise ValueError(
+            f"`compression` ({type(compression).__name__}) keeps nothing of the prompt, so that "
+            f"nothing can follow it, but there is to be room for {new_tokens} tokens; it is for "
+            "`prefill` with a `capacity` of 0"
+        )
+
+
 def check_cache_room(cache: KVCache, more: int = 1) -> None:
     """Raises ValueError when a row of the cache has no room for so many more tokens."""
     if not is_concrete(cache.stored):

@@ -27,6 +27,7 @@ from models.common.checks import (
     check_attention,
     check_cache_room,
     check_compression,
+    check_continuation,
     check_extension,
     check_prompt,
 )
@@ -129,6 +130,7 @@ def prefill(
     check_compression(compression, config.num_layers, length, chunk_size)
     kept = kept_tokens(compression, length)
     capacity = kept if capacity is None else capacity
+    check_continuation(compression, capacity)
     if capacity < kept:
         what = "the prompt's length" if compression is None else "what `compression` keeps"
         raise ValueError(f"`capacity` ({capacity}) must be at least {what} ({kept} tokens)")

@@ -16,6 +16,7 @@ from models.common.checks import (
     check_attention,
     check_compression,
     check_context,
+    check_continuation,
     check_prompt,
     is_concrete,
 )
@@ -118,6 +119,7 @@ def generate(
     check_prompt(tokens, lengths, config)
     check_attention(attention_fn, config.num_layers)
     check_compression(compression, config.num_layers, tokens.shape[1], chunk_size)
+    check_continuation(compression, max_new_tokens)
     longest = tokens.shape[1]
     if lengths is None:
         lengths = jnp.full(tokens.shape[0], longest, jnp.int32)

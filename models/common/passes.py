@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from minference_jax.kv_cache import KeptKV
-from models.common.cache import KVCache, attend_cached
+from models.common.cache import KVCache, attend_cached, from_stored, to_stored
 from models.common.rope import rotation_tables
 from models.common.stack import ends_of, rotations, scan_layers
 
@@ -112,7 +112,7 @@ def _stream_whole(
         if compression is not None:
             kept = compression(q, k, v, lengths=lengths)
         room = ((0, 0), (0, capacity - kept.keys.shape[1]), (0, 0), (0, 0))
-        padded = KeptKV(jnp.pad(kept.keys, room), jnp.pad(kept.values, room), kept.stored)
+        padded = kept._replace(keys=jnp.pad(kept.keys, room), values=jnp.pad(kept.values, room))
         return out, state, (padded, seen)
 
     x = ends_of(params, config).embed(tokens)
@@ -186,23 +186,26 @@ def run_extend(params, tokens, lengths, cache, *, config, attention_fn, observe)
     cos, sin = rotation_tables(config.rope, positions, cache.rope_length)
 
     def attend(of_layer, q, k, v, layer, state):
-        attention, stored = of_layer
+        attention, stored, scales = of_layer
         [q_offset] = stored  # of a compressed layer, rows of the cache are no positions
         start = (layer, 0, q_offset, 0, 0)
         state = jax.tree.map(
-            lambda store, new: jax.lax.dynamic_update_slice(store, new[None], start), state, (k, v)
+            lambda store, new: jax.lax.dynamic_update_slice(store, new[None], start),
+            state,
+            to_stored(k, v, scales, cache.keys.dtype),
         )
         k, v = jax.tree.map(lambda store: store[layer], state)
+        k, v = from_stored(k, v, scales, q.dtype)
         out, seen = observe(attention, q, k, v, lengths=stored + lengths, q_offset=q_offset)
         return out, state, seen
 
     x, (keys, values), seen = scan_layers(
-        params, ends.embed(tokens), cos, sin, (attention_fn, cache.stored), attend,
+        params, ends.embed(tokens), cos, sin, (attention_fn, cache.stored, cache.scales), attend,
         (cache.keys, cache.values), config=config,
     )  # fmt: skip
     logits = ends.logits(_row_at(x, lengths - 1))
     counts = (cache.stored + lengths[None, :], cache.lengths + lengths, cache.rope_length)
-    return logits, KVCache(keys, values, *counts), seen
+    return logits, KVCache(keys, values, *counts, scales=cache.scales), seen
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -213,23 +216,25 @@ def run_decode_step(params, token, cache, *, config):
     cos, sin = rotation_tables(config.rope, positions, cache.rope_length)
     rows = jnp.arange(token.shape[0])
 
-    def attend(stored, q, k, v, layer, state):
+    def attend(of_layer, q, k, v, layer, state):
+        stored, scales = of_layer
         state = jax.tree.map(
             lambda store, new: store.at[layer, rows, stored].set(new[:, 0], mode="drop"),
             state,
-            (k, v),
+            to_stored(k, v, scales, cache.keys.dtype),
         )
         k, v = jax.tree.map(lambda store: store[layer], state)
-        return attend_cached(q, k, v, stored + 1), state, None
+        return attend_cached(q, k, v, stored + 1, scales), state, None
 
     x, (keys, values), _ = scan_layers(
-        params, ends.embed(token[:, None]), cos, sin, cache.stored, attend,
+        params, ends.embed(token[:, None]), cos, sin, (cache.stored, cache.scales), attend,
         (cache.keys, cache.values), config=config,
     )  # fmt: skip
     logits = ends.logits(x[:, 0])
     room = jnp.max(cache.stored, axis=0) < cache.capacity
     logits = jnp.where(room[:, None], logits, jnp.nan)
-    return logits, KVCache(keys, values, cache.stored + 1, cache.lengths + 1, cache.rope_length)
+    counts = (cache.stored + 1, cache.lengths + 1, cache.rope_length)
+    return logits, KVCache(keys, values, *counts, scales=cache.scales)
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -240,8 +245,8 @@ def run_embedding(params, tokens, *, config):
 
 def _cache(kept, lengths, rope_length):
     """The cache of all layers after a prompt."""
-    counts = (kept.stored, lengths, rope_length)
-    return KVCache(kept.keys, kept.values, *(count.astype(jnp.int32) for count in counts))
+    counts = (count.astype(jnp.int32) for count in (kept.stored, lengths, rope_length))
+    return KVCache(kept.keys, kept.values, *counts, scales=kept.scales)
 
 
 def _row_at(x: Float[Array, "batch s embed"], row: Int[Array, " batch"]) -> Array:

@@ -9,6 +9,7 @@ import pytest
 from matplotlib.image import imread
 
 from experiments.__main__ import main
+from experiments.common import command as experiments_command
 from experiments.common.record import read_records
 
 PROMPT = " ".join(f"t{3 + i % 50}" for i in range(40))
@@ -45,6 +46,29 @@ def test_a_part_of_the_keys_is_kept(tiny_model, tmp_path):
     width = config["head_dim"] * config["num_key_value_heads"]
     # 32 keys are the window; layers keep 2 more on average, the first one 4; 3 are new.
     assert kept["cache_bytes"] == 2 * 2 * (32 + 4 + 3) * width * 4
+
+
+def test_what_is_kept_in_8_bits_and_what_is_not_kept(tiny_model, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(experiments_command, "device_memory", lambda: 2**40)
+    argv = ["--model", tiny_model, "--prompt", PROMPT, "--attention", "dense"]
+    config = json.loads((Path(tiny_model) / "config.json").read_text())
+    width = config["head_dim"] * config["num_key_value_heads"]
+    for command, kept, size in (
+        (["generate", "--max-new-tokens", "3"], "int8", 2 * 2 * 43 * width),
+        (["prefill"], "none", 0),
+    ):
+        [found] = run_recorded(tmp_path, *command, *argv, "--kv-cache", kept)["outcomes"]
+        assert (found["name"], found["cache_bytes"]) == (f"dense, {kept}", size)
+        assert "memory: about 0.0 of 1024.0 GiB" in capsys.readouterr().err
+
+
+def test_memory_is_estimated_part_by_part_without_a_run(tiny_model, capsys, monkeypatch):
+    monkeypatch.setattr(experiments_command, "load", None)
+    argv = ["prefill", "--model", tiny_model, "--prompt", PROMPT, "--estimate-memory"]
+    assert main(argv) == 0
+    shown = capsys.readouterr().out
+    for words in ("40 tokens", "weights", "keys and values kept", "at once", "no limit"):
+        assert words in shown
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,11 @@
 """Methods as the command line names them, and what they keep for decoding."""
 
 import io
+import re
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
@@ -16,7 +18,7 @@ from experiments.common.methods import (
     parse_methods,
     parse_whole_cache_methods,
 )
-from minference_jax.kv_cache import PyramidKV, SnapKV, StreamingKV
+from minference_jax.kv_cache import EightBitKV, PyramidKV, SnapKV, StreamingKV
 
 
 def attention_of(spec):
@@ -150,13 +152,20 @@ def test_budgets_that_are_named_run_at_any_length(tmp_path):
             "a_shape-1,2+streaming-4,60",
             StreamingKV(4, 60),
         ),
+        ("dense+fp8", "dense+fp8", "dense+fp8", EightBitKV(dtype=jnp.float8_e4m3fn)),
+        (
+            "dense+int8:streaming:4,060",
+            "dense+int8:streaming:4,60",
+            "dense+int8-streaming-4,60",
+            EightBitKV(StreamingKV(4, 60)),
+        ),
         ("threshold:1e+0", "threshold:1", "threshold-1", None),
     ],
 )
 def test_a_suffix_says_what_is_kept(spec, label, slug, kept):
     method = parse_method(spec)
     assert (method.label, method.slug, method.compression(2)) == (label, slug, kept)
-    bare = parse_method(spec.split("+s")[0])
+    bare = parse_method(re.split(r"\+[a-z]", spec)[0])
     assert jax.tree.structure(method.attention(2, 4)) == jax.tree.structure(bare.attention(2, 4))
 
 

@@ -6,6 +6,7 @@ import os
 import pytest
 
 from experiments.__main__ import main
+from experiments.common import command
 
 ASK = ["generate", "--model", "x", "--prompt", "a"]
 ORIGINAL = [{"0": ["vertical_and_slash", 30, 100, 1]}]
@@ -87,14 +88,16 @@ def told(capsys, *argv):
         ),
         pytest.param(
             [*ASK, "--kv-cache", "snapkv"],
-            "pyramidkv:BUDGET or streaming:FIRST,LAST, got snapkv",
+            "pyramidkv:BUDGET, streaming:FIRST,LAST, or int8, fp8, int8:ONE_OF_THESE, got snapkv",
             id="kv-cache-without-budget",
         ),
         pytest.param(
             [*ASK, "--kv-cache", "streaming:4"],
-            "streaming:FIRST,LAST, got streaming:4",
+            "streaming:FIRST,LAST, or int8, fp8, int8:ONE_OF_THESE, got streaming:4",
             id="kv-cache-one-size",
         ),
+        pytest.param([*ASK, "--kv-cache", "int8:fp8"], "got int8:fp8", id="kv-cache-8-bits-twice"),
+        pytest.param([*ASK, "--kv-cache", "none"], "got none", id="kv-cache-none-of-a-generation"),
         pytest.param(
             [*ASK, "--kv-cache", "snapkv:32"],
             "a budget of 32",
@@ -105,10 +108,26 @@ def told(capsys, *argv):
             "leave out --chunk-size",
             id="kv-cache-in-chunks",
         ),
+        pytest.param(
+            ["prefill", "--model", "x", "--prompt", "a", "--kv-cache", "fp8", "--chunk-size", "8"],
+            "leave out --chunk-size",
+            id="prefill-kv-cache-in-chunks",
+        ),
     ],
 )
 def test_options(capsys, argv, words):
     assert words in told(capsys, *argv)
+
+
+def test_a_prompt_too_large_for_the_device_is_told_before_the_weights_are_read(
+    capsys, tiny_model, monkeypatch
+):
+    monkeypatch.setattr(command, "device_memory", lambda: 2**12)
+    monkeypatch.setattr(command, "load", None)  # not even tried
+    message = told(capsys, "prefill", "--model", tiny_model, "--prompt", "t1 t2")
+    assert "weights 0.0" in message
+    assert "--kv-cache int8" in message
+    assert "XLA_PYTHON_CLIENT_MEM_FRACTION" in message
 
 
 def test_missing_model(capsys, tmp_path):

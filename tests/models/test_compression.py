@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 
 import minference_jax as mj
-from minference_jax.kv_cache import PyramidKV, SnapKV, StreamingKV
+from minference_jax.kv_cache import DropKV, EightBitKV, PyramidKV, SnapKV, StreamingKV
+from models.common.cache import attend_cached
 from models.common.capture import capture_qkv
 from models.common.decoder import abstract_params, decode_step, forward, prefill
 from models.common.generate import Sampling, generate
 from models.common.passes import run_prefill
+from tests.helpers import masked_attention
 from tests.models.tiny import CONFIG, ScaledQueries, random_tokens, tiny_params
 
 DENSE = mj.DenseAttention()
@@ -97,16 +99,52 @@ def test_decoding_is_masked_dense_attention_over_the_kept_keys(compression, budg
 
 
 def test_generation_goes_on_from_what_is_kept():
-    logits, cache = read(capacity=12, compression=SNAP)
+    logits, cache = read(capacity=12, compression=EightBitKV(SNAP))
     want = []
     for _ in range(3):
         want.append(jnp.argmax(logits, axis=-1))
         logits, cache = decode_step(tiny_params(), want[-1], cache, config=CONFIG)
     result = generate(
         tiny_params(), TOKENS, config=CONFIG, attention_fn=DENSE, max_new_tokens=3,
-        sampling=Sampling(), lengths=jnp.array(LENGTHS, jnp.int32), compression=SNAP, chunk_size=S,
+        sampling=Sampling(), lengths=jnp.array(LENGTHS, jnp.int32), compression=EightBitKV(SNAP),
+        chunk_size=S,
     )  # fmt: skip
     np.testing.assert_array_equal(result.tokens, np.stack(want, axis=1))
+
+
+def relative_error(got, want):
+    return np.sqrt(np.mean((np.asarray(got, np.float32) - want) ** 2) / np.mean(np.square(want)))
+
+
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.float8_e4m3fn])
+def test_8_bits_change_the_next_logits_no_more_than_numbers_are_rounded(dtype):
+    _, whole = read(capacity=S + 1)
+    _, small = read(capacity=S + 1, compression=EightBitKV(dtype=dtype))
+    assert small.keys.dtype == small.values.dtype == dtype
+    want, got = (
+        decode_step(tiny_params(), NEW[:, 0], cache, config=CONFIG)[0] for cache in (whole, small)
+    )
+    real = np.arange(S + 1)[None, :] < np.array(LENGTHS)[:, None]
+    back = np.asarray(small.keys, np.float32) * np.asarray(small.scales.keys)[:, :, None]
+    rounding = relative_error(back[:, real], np.asarray(whole.keys)[:, real])
+    assert 0.005 < rounding < 0.03
+    assert 0 < relative_error(got, want) < rounding
+
+
+def test_decoding_reads_8_bits_as_the_numbers_that_they_stand_for():
+    rng = np.random.default_rng(0)
+    q = jnp.asarray(rng.standard_normal((2, 1, 4, 8)), jnp.float32)
+    k, v = jnp.asarray(rng.standard_normal((2, 2, 9, 2, 8)), jnp.float32)
+    lengths = jnp.array([9, 5], jnp.int32)
+    kept = EightBitKV()(jnp.broadcast_to(q, (2, 9, 4, 8)), 5 * k, 30 * v, lengths=lengths)
+    back = [
+        np.asarray(x, np.float32) * np.asarray(scale)[:, None]
+        for x, scale in zip(kept[:2], kept.scales, strict=True)
+    ]
+    got = attend_cached(q, kept.keys, kept.values, lengths, kept.scales)
+    mask = (np.arange(9) < np.array([[9], [5]]))[:, None, None, :]
+    want = masked_attention(np.asarray(q), *back, np.broadcast_to(mask, (2, 4, 1, 9)))
+    np.testing.assert_allclose(got, want, atol=2e-5, rtol=2e-5)
 
 
 def test_the_whole_cache_of_all_layers_never_exists():
@@ -139,6 +177,9 @@ def test_the_whole_cache_of_all_layers_never_exists():
             {"compression": PyramidKV.for_layers(2)},
             r"layer has shape \(2,\), but the model has 3 .*`PyramidKV\.for_layers\(3\)`",
             id="layers",
+        ),
+        pytest.param(
+            {"compression": DropKV(), "capacity": 5}, "keeps nothing of the prompt", id="nothing"
         ),
     ],
 )

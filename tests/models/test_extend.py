@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import minference_jax as mj
-from minference_jax.kv_cache import SnapKV
+from minference_jax.kv_cache import EightBitKV, SnapKV
 from models.common.decoder import decode_step, extend, prefill
 from models.common.passes import run_extend
 from tests.models.tiny import CONFIG, ScaledQueries, random_tokens, tiny_params
@@ -48,14 +48,21 @@ def test_pieces_read_one_after_the_other_equal_the_whole():
     assert cache.lengths.tolist() == [total]
 
 
-def test_a_compressed_cache_is_continued_as_by_single_steps():
-    _, start = read(TOKENS[:, :FIRST], compression=SNAP)
+@pytest.mark.parametrize(
+    ("compression", "kept"),
+    [
+        pytest.param(SNAP, 9, id="snapkv"),
+        pytest.param(EightBitKV(), FIRST, id="int8"),
+    ],
+)
+def test_a_compressed_cache_is_continued_as_by_single_steps(compression, kept):
+    _, start = read(TOKENS[:, :FIRST], compression=compression)
     cache = start
     for token in TOKENS[0, FIRST:]:
         want, cache = decode_step(PARAMS, token[None], cache, config=CONFIG)
     logits, more = go_on(TOKENS[:, FIRST:], start)
     np.testing.assert_allclose(logits, want, atol=2e-5, rtol=0)
-    assert more.stored.tolist() == cache.stored.tolist() == [[9 + SECOND + THIRD]] * 3
+    assert more.stored.tolist() == cache.stored.tolist() == [[kept + SECOND + THIRD]] * 3
     assert more.lengths.tolist() == cache.lengths.tolist()
     # The one that was continued is as before: another continuation does not see the first.
     again, _ = go_on(TOKENS[:, FIRST:], start)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models import LoadError, load_model, save_checkpoint
+from models import LoadError, abstract_model, load_model, save_checkpoint
 from models.common.decoder import abstract_params
 from models.common.weights.sharding import param_sharding
 from models.common.weights.table import flatten_paths
@@ -33,6 +33,18 @@ def test_a_saved_model_comes_back_the_same(tmp_path, name):
     jax.tree.map(np.testing.assert_array_equal, restored.params, model.params)
     assert restored.tokenizer.encode("t5 t9") == [5, 9]
     assert restored.tokenizer.stop_tokens == model.tokenizer.stop_tokens
+
+
+def test_an_abstract_model_is_what_would_be_loaded(tmp_path):
+    model, directory, _ = saved(tmp_path, "llama-gqa")
+    longer = {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}
+    for source in (directory, tmp_path / "hf"):
+        shapes = abstract_model(source, dtype=jnp.bfloat16, **longer)
+        assert shapes.config == load_model(source, **longer).config
+        assert shapes.config.max_position == 2 * model.config.max_position
+        assert shapes.tokenizer.encode("t5 t9") == [5, 9]
+        found = jax.tree.map(lambda x: (x.shape, x.dtype), shapes.params)
+        assert found == jax.tree.map(lambda x: (x.shape, jnp.bfloat16), model.params)
 
 
 def test_restoring_converts_to_the_dtype_asked_for(tmp_path):

@@ -75,7 +75,7 @@ def load_checkpoint(
         LoadError: files are missing, damaged or of a newer format.
     """
     directory = directory.absolute()
-    config = _read_config(directory / CHECKPOINT_CONFIG)
+    config = read_config(directory)
     words = load_tokenizer(tokenizer or directory)
     leaves = flatten_paths(abstract_params(config, dtype))
     target = unflatten_paths({path: placed(path, leaf, mesh) for path, leaf in leaves.items()})
@@ -114,7 +114,9 @@ def _to_json(config: DecoderConfig) -> dict[str, Any]:
     return values
 
 
-def _read_config(path: Path) -> DecoderConfig:
+def read_config(directory: Path) -> DecoderConfig:
+    """The configuration of a checkpoint; raises LoadError if it is damaged or of a newer format."""
+    path = directory / CHECKPOINT_CONFIG
     values = read_json(path)
     if values.get("format") != _FORMAT:
         raise LoadError(

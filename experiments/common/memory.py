@@ -1,0 +1,71 @@
+"""The memory that a prompt will need, told before its model is loaded."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from experiments.common.errors import reported_as_user_error
+from minference_jax.kv_cache import KVCompression
+from models import Model
+from models.common.layers import TOKENS_PER_CHUNK
+from models.common.memory import PrefillMemory, check_fits, estimate_prefill, gib
+
+WAYS_OUT = (
+    "--kv-cache int8 or snapkv:4096 keeps less of the prompt (prefill: --kv-cache none nothing), "
+    "--chunk-size 16384 computes fewer tokens at once, --dtype bfloat16 halves a float32 model"
+)
+_PARTS = {
+    "weights": "weights",
+    "cache": "keys and values kept",
+    "stream": "residual stream, rotary tables",
+    "qkv": "queries, keys and values of a layer",
+    "output": "attention output of a layer",
+    "index": "index of a layer's attention",
+    "layer": "copies of one layer's arrays",
+    "chunk": f"MLP of {TOKENS_PER_CHUNK:,} tokens",
+    "logits": "logits of the last token",
+}
+
+
+def plan(
+    model: Model,
+    length: int,
+    attention: Any,
+    *,
+    new_tokens: int,
+    chunk_size: int | None,
+    compression: KVCompression | None,
+) -> PrefillMemory:
+    """Estimates the prefill of one prompt; the model's parameters may be shapes."""
+    return estimate_prefill(
+        model.params,
+        config=model.config,
+        attention_fn=attention,
+        batch=1,
+        length=length,
+        new_tokens=new_tokens,
+        chunk_size=chunk_size,
+        compression=compression,
+    )
+
+
+def check_room(memory: PrefillMemory | int, limit: int | None) -> None:
+    """Raises UserError with the ways out if the device has less memory, see `device_memory`."""
+    with reported_as_user_error(MemoryError):
+        check_fits(memory, limit, ways_out=WAYS_OUT)
+
+
+def show_estimate(
+    console: Console, memory: PrefillMemory, *, length: int, limit: int | None
+) -> None:
+    """Prints a prefill's parts, what it needs at once, and what the device has."""
+    table = Table(title=f"memory of a prefill of {length:,} tokens, estimated")
+    table.add_column("part")
+    table.add_column("GiB", justify="right")
+    for part, size in memory._asdict().items():
+        table.add_row(_PARTS[part], f"{size / 2**30:.2f}")
+    table.add_section()
+    table.add_row("at once", f"{memory.peak / 2**30:.2f}")
+    table.add_row("JAX's share of the device", "no limit" if limit is None else gib(limit))
+    console.print(table)
