@@ -6,6 +6,8 @@ from pathlib import Path
 from experiments.common.plotting import line_style, new_figure, save, short_tokens, wrapped
 from experiments.perplexity.measure import Mean
 
+_FAR = 3.0  # times the highest perplexity of dense attention
+
 
 def curves_picture(curves: Mapping[str, Sequence[Mean]], *, title: str, path: Path) -> Path:
     """Writes perplexity against length, a line for each method, dense attention's dashed.
@@ -25,7 +27,11 @@ def curves_picture(curves: Mapping[str, Sequence[Mean]], *, title: str, path: Pa
         if label != "dense":
             values = [mean.perplexity for mean in curve]
             axes.plot(lengths, values, label=label, **line_style(number))
-    axes.set(xlabel="length (tokens)", ylabel="perplexity")
+    highest = max(mean.perplexity for curve in curves.values() for mean in curve)
+    # One method far above would press the others together.
+    scale = "log" if highest > _FAR * max(dense) else "linear"
+    axes.set(xlabel="length (tokens)", ylabel="perplexity", yscale=scale)
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xticks(lengths, [short_tokens(length) for length in lengths])
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", fontsize=7, frameon=False)

@@ -6,17 +6,16 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
-from experiments.common.methods import slug
 from experiments.common.plotting import line_style, new_figure, save, short_tokens, wrapped
 from experiments.evaluation.stages import Score
-from experiments.needle.plot import grid_picture, grids_picture
+from experiments.needle.plot import grids_picture
 from experiments.report.scores import Scored, base_of, by_length, costs, parse_name
 
 _GAP = 0.05  # between labels, of the axes' height
 
 
 def needle_pictures(study: Scored, path: Path) -> None:
-    """Writes the heat maps of all methods side by side to a path, and each one beside it."""
+    """Writes the heat maps of all methods side by side."""
     first = next(iter(study.methods.values()))
     depths = sorted({_depth(one) for one in first})
     lengths = sorted({one.length for one in first})
@@ -27,12 +26,7 @@ def needle_pictures(study: Scored, path: Path) -> None:
             depth, length = depths[at[0]], lengths[at[1]]
             found = [s.score for s in scores if (_depth(s), s.length) == (depth, length)]
             grid[at] = np.mean(found) if found else np.nan
-        title = f"{label}: {np.mean([one.score for one in scores]):.1%}"
-        grids[title] = grid
-        grid_picture(
-            grid, depths=depths, lengths=lengths, title=f"{study.model}\n{title} found",
-            path=path.with_name(f"{path.stem}-{slug(label)}.png"),
-        )  # fmt: skip
+        grids[f"{label}: {np.mean([one.score for one in scores]):.1%}"] = grid
     grids_picture(grids, depths=depths, lengths=lengths, title=study.model, path=path)
 
 
@@ -62,7 +56,11 @@ def prefill_picture(study: Scored, path: Path) -> Path:
         faster = f", {seconds[base][-1] / values[-1]:.2f} x" if base and not dashed else ""
         ends[label] = (values[-1], f"{label}{faster}", str(line.get_color()))
     axes.set(xscale="log", yscale="log", xlabel="prompt (tokens)", ylabel="seconds to read it")
-    axes.set_xticks(lengths, [short_tokens(length) for length in lengths])
+    named = [lengths[0]]
+    for length in lengths[1:]:
+        # Names of closer ones would lie over each other.
+        named += [length] if length >= 1.3 * named[-1] else []
+    axes.set_xticks(named, [short_tokens(length) for length in named])
     axes.minorticks_off()
     axes.yaxis.set_major_formatter("{x:g}")
     axes.grid(alpha=0.3)

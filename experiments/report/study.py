@@ -31,6 +31,7 @@ class Study[Result]:
         samples: names of all of them.
         files: of the records.
         days: of the records.
+        batches: prompts read together, of the records: it decides times a little, answers never.
         methods: the results by label, dense first.
         apart: from each earlier study of the model, what differs.
     """
@@ -45,6 +46,7 @@ class Study[Result]:
     samples: frozenset[Hashable]
     files: list[Path] = dataclasses.field(default_factory=list)
     days: list[str] = dataclasses.field(default_factory=list)
+    batches: set[int] = dataclasses.field(default_factory=set)
     methods: dict[str, Result] = dataclasses.field(default_factory=dict)
     apart: list[str] = dataclasses.field(default_factory=list)
 
@@ -66,6 +68,8 @@ class Study[Result]:
             for name, value in self.settings.items()
             if value is not None and name.rpartition(".")[2] not in _SHOWN
         )
+        if self.batches:
+            settings += f", batch size {' and '.join(map(str, sorted(self.batches)))}"
         text = f"{self.device}, JAX {self.jax}, {days}; {settings}; {self.source(folder, number)}"
         if self.apart:
             text += f" In a table of its own: it differs from others in {' / '.join(self.apart)}."
@@ -117,6 +121,7 @@ def studies[Result](
     for entry in entries:
         with as_this_version_writes(entry):
             conditions = _conditions(entry)
+            batch = conditions["settings"].pop("batch_size", None)
             label = entry.record["result"]["method"]
             day = entry.record["environment"]["date"][:10]
             parts = [(mode, frozenset(names), result) for mode, names, result in read(entry.record)]
@@ -133,6 +138,8 @@ def studies[Result](
                 alike.append(study)
             study.methods[label] = result
             study.days.append(day)
+            if batch is not None:
+                study.batches.add(batch)
             if entry.path not in study.files:
                 study.files.append(entry.path)
     whole: list[Study[Result]] = []

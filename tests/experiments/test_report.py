@@ -169,7 +169,6 @@ def test_names_are_those_that_the_commands_give(tiny_model):
         ({"device": "another"}, "device"),
         ({"jax": "0.0"}, "jax"),
         ({"seed": 1}, "seed"),
-        ({"batch_size": 2}, "batch_size"),
         ({"rounds": 2}, "rounds"),
         ({"samples": 1}, "samples"),
     ],
@@ -190,6 +189,18 @@ def test_results_of_other_conditions_are_in_tables_of_their_own(tmp_path, change
     assert list(other.methods) == ["b"]
     assert other.apart == [differs]
     assert f"it differs from others in {differs}" in other.caption(tmp_path, "")
+
+
+def test_batches_of_other_sizes_are_one_table_which_names_them(tmp_path):
+    config = Needle(model=MODEL, lengths=(100,), depths=2, batch_size=5)
+    path = write(
+        tmp_path / "a.jsonl",
+        found("dense", [1, 1, 0, 1]),
+        found("b", [1, 0, 0, 1], config),
+    )
+    [study] = studies_of(path)
+    assert list(study.methods) == ["dense", "b"]
+    assert "batch size 1 and 5" in study.caption(tmp_path, "")
 
 
 def test_the_same_conditions_are_one_table_whatever_the_file(tmp_path):
@@ -336,7 +347,7 @@ def test_every_kind_has_its_tables_pictures_and_headline(tmp_path, capsys):
     pictures = re.findall(r"\]\((pictures/[^)]*)\)", text)
     assert len(pictures) == 11
     assert all((output / name).exists() for name in pictures)
-    assert (output / "pictures" / "needle-tiny.gguf-minference+snapkv-64.png").exists()
+    assert (output / "pictures" / "needle-tiny.gguf.png").exists()
     for line in (
         "| minference | 50.0 | 25.0 | 37.5 [13.7, 69.4] | -12.5 [-37.0, +17.0] | 12.5 | 0.5 | 1 |",
         "| 200 | minference | 25.0 | 12.5 | 0.5 | 1 | 1 | 16.00 |",
