@@ -1,7 +1,9 @@
 """Answers to batches of prompts, with times that leave compilation out."""
 
 import functools
+import os
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -60,6 +62,13 @@ class Answers(NamedTuple):
     cache_bytes: int
 
 
+class _Program(NamedTuple):
+    """A program that is or will be compiled, and the shapes of what it returns."""
+
+    compiled: Future[Any]
+    outputs: Any
+
+
 class Answerer:
     """Answers batches greedily; a program is compiled once, and loaded before time is taken.
 
@@ -69,44 +78,50 @@ class Answerer:
     def __init__(self, model: Model, *, chunk_size: int | None) -> None:
         """Takes the model, and the prompt tokens that are read at a time, all if None."""
         self.model, self._chunk_size = model, chunk_size
-        self.programs: dict[Any, Any] = {}
+        self.programs: dict[Any, _Program] = {}
+        self._loaded: set[int] = set()
+        # Compilation does not need Python, and uses more than one core itself.
+        self._pool = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2))
 
     def __call__(
         self, batch: Batch, attention: Any, compression: KVCompression | None = None
     ) -> Answers:
         """Answers a batch; attention and compression are those of all layers of the model."""
-        known = len(self.programs)
+        known = len(self._loaded)
         answers = self._answer(batch, attention, compression)
-        if jax.default_backend() == "cpu" or len(self.programs) == known:
+        if jax.default_backend() == "cpu" or len(self._loaded) == known:
             return answers
         return self._answer(batch, attention, compression)  # the first run also loaded programs
 
+    def compile(
+        self, batch: Batch, attention: Any, compression: KVCompression | None = None
+    ) -> None:
+        """Begins to compile in threads what batches of this one's shapes will run."""
+        reading, lengths, limit = self._reading(batch, attention, compression)
+        logits, cache, seen = reading.outputs
+        if not isinstance(seen, VisitedPairs):
+            self._counting(seen, lengths, batch)
+        self._decoding(logits, cache, limit, batch)
+
     def _answer(self, batch: Batch, attention: Any, compression: Any) -> Answers:
-        model, width = self.model, batch.tokens.shape[1]
-        chunk_size = self._chunk_size
-        if chunk_size is not None and chunk_size >= width:
-            chunk_size = None
-        lengths, limit = jnp.asarray(batch.lengths, jnp.int32), jnp.int32(batch.limit)
+        params = self.model.params
+        reading, lengths, limit = self._reading(batch, attention, compression)
+        read = self._run(reading)
         tokens = jnp.asarray(batch.tokens, jnp.int32)
-        arguments = (model.params, tokens, lengths, limit, attention, compression)
-        read = self._program(
-            _read, *arguments, config=model.config, room=batch.room, chunk_size=chunk_size
-        )
         start = time.perf_counter()
-        logits, cache, seen = jax.block_until_ready(read(*arguments))
+        logits, cache, seen = jax.block_until_ready(
+            read(params, tokens, lengths, limit, attention, compression)
+        )
         prefill_seconds = time.perf_counter() - start
         pairs = seen
         if not isinstance(seen, VisitedPairs):
-            pairs = self._program(_count, seen, lengths, length=width)(seen, lengths)
+            pairs = self._run(self._counting(seen, lengths, batch))(seen, lengths)
         density = _density(pairs)
         del seen, pairs  # an index takes memory
         cache_bytes = cache.keys.nbytes + cache.values.nbytes
-        decode = self._program(
-            _decode, model.params, logits, cache, limit, config=model.config, room=batch.room,
-            stop_tokens=model.tokenizer.stop_tokens,
-        )  # fmt: skip
+        decode = self._run(self._decoding(logits, cache, limit, batch))
         start = time.perf_counter()
-        found, _ = jax.block_until_ready(decode(model.params, logits, cache, limit))
+        found, _ = jax.block_until_ready(decode(params, logits, cache, limit))
         decode_seconds = time.perf_counter() - start
         new, counts = np.asarray(found.tokens), np.asarray(found.lengths)
         return Answers(
@@ -117,14 +132,48 @@ class Answerer:
             cache_bytes=cache_bytes,
         )
 
-    def _program(self, function: Any, *arguments: Any, **static: Any) -> Any:
-        """The compiled program for arguments of these structures and shapes."""
+    def _reading(
+        self, batch: Batch, attention: Any, compression: Any
+    ) -> tuple[_Program, Array, Array]:
+        """What reads a batch, the prompts' lengths, and the tokens of an answer."""
+        width, chunk_size = batch.tokens.shape[1], self._chunk_size
+        if chunk_size is not None and chunk_size >= width:
+            chunk_size = None
+        lengths, limit = jnp.asarray(batch.lengths, jnp.int32), jnp.int32(batch.limit)
+        tokens = jax.ShapeDtypeStruct(batch.tokens.shape, jnp.int32)
+        program = self._program(
+            _read, self.model.params, tokens, lengths, limit, attention, compression,
+            config=self.model.config, room=batch.room, chunk_size=chunk_size,
+        )  # fmt: skip
+        return program, lengths, limit
+
+    def _counting(self, seen: Any, lengths: Array, batch: Batch) -> _Program:
+        return self._program(_count, seen, lengths, length=batch.tokens.shape[1])
+
+    def _decoding(self, logits: Any, cache: Any, limit: Array, batch: Batch) -> _Program:
+        model = self.model
+        return self._program(
+            _decode, model.params, logits, cache, limit, config=model.config, room=batch.room,
+            stop_tokens=model.tokenizer.stop_tokens,
+        )  # fmt: skip
+
+    def _program(self, function: Any, *arguments: Any, **static: Any) -> _Program:
+        """The program for arguments of these structures and shapes; arrays need not exist."""
         leaves, structure = jax.tree.flatten(arguments)
-        key = (function, structure, tuple(map(jax.typeof, leaves)), *static.items())
+        shapes = tuple((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
+        key = (function, structure, shapes, *static.items())
         if key not in self.programs:
             lower = _lower_read if function is _read else function.lower
-            self.programs[key] = lower(*arguments, **static).compile()
+            lowered = lower(*arguments, **static)
+            outputs = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), lowered.out_info
+            )
+            self.programs[key] = _Program(self._pool.submit(lowered.compile), outputs)
         return self.programs[key]
+
+    def _run(self, program: _Program) -> Any:
+        self._loaded.add(id(program.compiled))
+        return program.compiled.result()
 
 
 def _lower_read(*arguments: Any, chunk_size: int | None, **static: Any) -> jax.stages.Lowered:

@@ -104,6 +104,7 @@ def predict(
     *,
     batch_size: int,
     name: str,
+    compile_for: Callable[[Batch], None] | None = None,
 ) -> list[Prediction]:
     """Answers the prompts that `predictions.jsonl` does not hold, and returns all answers.
 
@@ -116,8 +117,14 @@ def predict(
         decode: tokens to text.
         batch_size: prompts answered together at most.
         name: of the method, while progress is shown.
+        compile_for: called first with a batch of each shape, to compile for all of them at once.
     """
     known = read_predictions(folder)
+    batches = [*_batches(prompts, known, batch_size)]
+    if compile_for is not None:
+        shapes = {(one[0].width, one[0].sample.length, rows): (one, rows) for one, rows in batches}
+        for one, rows in shapes.values():
+            compile_for(_stacked(one, rows))
     total, done = (
         sum(prompt.width for prompt in prompts if all_ or prompt.sample.name in known)
         for all_ in (True, False)
@@ -125,7 +132,7 @@ def predict(
     with tqdm(
         desc=name, total=total, initial=done, unit="token", unit_scale=True, disable=None
     ) as bar:
-        for members, rows in _batches(prompts, known, batch_size):
+        for members, rows in batches:
             found = _predictions(members, rows, answer(_stacked(members, rows)), decode)
             append_lines(folder / "predictions.jsonl", map(dataclasses.asdict, found))
             known |= {one.name: one for one in found}

@@ -14,7 +14,7 @@ from experiments.common.errors import UserError, check_writable, reported_as_use
 from experiments.common.fingerprint import fingerprint
 from experiments.common.methods import Method, for_model, parse_methods
 from experiments.common.session import load
-from experiments.evaluation.answer import Answerer, Answers, Batch
+from experiments.evaluation.answer import Answerer, Batch
 from experiments.evaluation.folder import (
     claim,
     claim_calibrations,
@@ -117,9 +117,10 @@ def evaluate(
     for method in methods:
         own = folders[method.label]
         about = claim_calibrations(own, attentions.calibrations(method, lengths, asks=True))
+        apply = functools.partial(_with_method, method=method, attentions=attentions, model=model)
         predictions = _known(own, samples) or predict(
-            own, prompts(), _answerer(answerer, method, attentions), model.tokenizer.decode,
-            batch_size=config.batch_size, name=method.label,
+            own, prompts(), apply(answerer), model.tokenizer.decode, batch_size=config.batch_size,
+            name=method.label, compile_for=apply(answerer.compile),
         )  # fmt: skip
         found[method.label] = score(own, samples, predictions, metric)
         result = {
@@ -131,12 +132,12 @@ def evaluate(
     return found
 
 
-def _answerer(
-    answerer: Answerer, method: Method, attentions: Attentions
-) -> Callable[[Batch], Answers]:
-    """Answers batches with a method."""
-    compression = method.compression(answerer.model.config.num_layers)
-    return lambda batch: answerer(
+def _with_method(
+    function: Callable[..., Any], method: Method, attentions: Attentions, model: Model
+) -> Callable[[Batch], Any]:
+    """A function of batches, attention and compression, with those of a method."""
+    compression = method.compression(model.config.num_layers)
+    return lambda batch: function(
         batch, attentions.at(method, batch.length, asks=True), compression
     )
 
