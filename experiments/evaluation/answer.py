@@ -3,7 +3,7 @@
 import functools
 import os
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, NamedTuple
 
 import jax
@@ -173,6 +173,8 @@ class Answerer:
 
     def _run(self, program: _Program) -> Any:
         self._loaded.add(id(program.compiled))
+        # While others compile, times would be too long.
+        wait([one.compiled for one in self.programs.values()])
         return program.compiled.result()
 
 
