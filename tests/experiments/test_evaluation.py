@@ -103,21 +103,6 @@ def whole(tmp_path_factory, answerer):
     return folder, made
 
 
-def test_what_is_compiled_first_is_what_runs(answerer):
-    """Also where lists are counted and a part of the prompt is kept."""
-    method = parse_method("a_shape:16,64+streaming:4,60")
-    attention, compression = method.attention(2, 4), method.compression(2)
-    own = Answerer(answerer.model, chunk_size=None)
-    tokens = np.arange(300, dtype=np.int32).reshape(2, 150) % 50
-    batch = answer.Batch(tokens, np.array([150, 120], np.int32), 5, 6, 150)
-    own.compile(batch, attention, compression)
-    compiled = dict(own.programs)
-    assert len(compiled) == 3
-    found = own(batch, attention, compression)
-    assert own.programs == compiled
-    assert found.tokens == answerer(batch, attention, compression).tokens
-
-
 @pytest.mark.parametrize(
     "kept",
     [
@@ -403,3 +388,18 @@ def test_a_folder_with_lines_belongs_to_one_setting(tmp_path):
     with pytest.raises(UserError, match="made with model = m, this one has n"):
         claim(tmp_path, {"seed": 0, "model": "n"})
     assert json.loads((tmp_path / "settings.json").read_text())["lengths"] == [1, 2]
+
+
+def test_what_is_compiled_first_is_what_runs(answerer):
+    """Also where lists are counted and a part of the prompt is kept."""
+    method = parse_method("a_shape:16,64+streaming:4,60")
+    attention, compression = method.attention(2, 4), method.compression(2)
+    own = Answerer(answerer.model, chunk_size=None)
+    tokens = np.arange(300, dtype=np.int32).reshape(2, 150) % 50
+    batch = answer.Batch(tokens, np.array([150, 120], np.int32), 5, 6, 150)
+    own.compile(batch, attention, compression)
+    compiled = dict(own.programs)
+    assert len(compiled) == 3
+    found = own(batch, attention, compression)
+    assert own.programs == compiled
+    assert found.tokens == answerer(batch, attention, compression).tokens
