@@ -76,7 +76,7 @@ class WithColumns:
         key = jnp.arange(kv_len, dtype=jnp.int32)
 
         def one_list(scores, budget, length):
-            chosen = top_k_mask(jnp.where(key < length, scores, -1.0), budget, few=True)
+            chosen = top_k_mask(jnp.where(key < length, scores, -1.0), budget)
             columns = compact(key, chosen, self.max_columns, kv_len)
             return columns, jnp.sum(chosen).astype(jnp.int32)
 

@@ -76,7 +76,7 @@ def choose_lines(
 
     def choose(scores, forced, budget, length):
         scores = jnp.where(position < forced, jnp.inf, scores)
-        return top_k_mask(jnp.where(position < length, scores, -1.0), budget, few=True)
+        return top_k_mask(jnp.where(position < length, scores, -1.0), budget)
 
     # Columns and distances together: half as many passes, each over twice the heads.
     scores = jnp.stack([vertical, slash], axis=1)

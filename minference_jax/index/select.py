@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.common.environment import on_cpu
 from pallas_kernels.common.tiling import cdiv
 
 # Bits of the threshold found in one pass over the scores (more compare more in fewer passes; 3 was
@@ -17,16 +16,11 @@ from pallas_kernels.common.tiling import cdiv
 _DIGIT = 3
 _WIDTH = 31
 
-# Of few rows: bits in one pass, and the longest rows that are read anew for every threshold.
-_FEW_DIGIT, _FEW_LENGTH = 4, 2**15
-
 # Marks of a word when a mask is compacted.
 _WORD = 32
 
 
-def top_k_mask(
-    scores: Float[Array, " n"], k: Int[Array, ""], *, few: bool = False
-) -> Bool[Array, " n"]:
+def top_k_mask(scores: Float[Array, " n"], k: Int[Array, ""]) -> Bool[Array, " n"]:
     """Marks the k largest scores of one head; ties go to the lower position.
 
     The k-th largest is found digit by digit on the float's bits, so k may differ from head to head
@@ -35,18 +29,13 @@ def top_k_mask(
     Args:
         scores: float32; +inf is taken first, negative ones never.
         k: how many to mark; all that are not negative if there are fewer.
-        few: the rows beside this one (of a `vmap`) are as few as heads, so that launches count more
-            than arithmetic.
 
     Returns:
         A mask with exactly min(k, number of non-negative scores) positions.
     """
     bits = _order_bits(scores)
     k = jnp.minimum(k, jnp.sum(bits >= 0))
-    if few and bits.shape[0] <= _FEW_LENGTH:
-        threshold = _kth_of_few(bits, k)
-    else:
-        threshold = largest_threshold(lambda values: [jnp.sum(bits >= t) >= k for t in values])
+    threshold = largest_threshold(lambda values: [jnp.sum(bits >= t) >= k for t in values])
     above = bits > threshold
     return _with_ties(above, bits == threshold, k - jnp.sum(above))
 
@@ -119,24 +108,6 @@ def largest_threshold(
         return threshold + (sum(x.astype(jnp.int32) for x in steps) << shift)
 
     return jax.lax.fori_loop(0, passes, refine, jnp.zeros(shape, jnp.int32))
-
-
-def _kth_of_few(bits, k):
-    """`largest_threshold` of short rows: thresholds side by side, in fewer passes.
-
-    On a GPU no loop is left: each of its passes would launch its counter and copies besides.
-    """
-    passes, digits = cdiv(_WIDTH, _FEW_DIGIT), jnp.arange(1, 1 << _FEW_DIGIT, dtype=jnp.int32)
-
-    def refine(i, threshold):
-        shift = _FEW_DIGIT * (passes - 1 - i)
-        tried = threshold + (digits << shift)
-        reached = jnp.sum(bits[None, :] >= tried[:, None], axis=1) >= k
-        # The first pass has fewer bits left than a digit.
-        reached &= digits <= jnp.right_shift(2**_WIDTH - 1, shift)
-        return threshold + (jnp.sum(reached, dtype=jnp.int32) << shift)
-
-    return jax.lax.fori_loop(0, passes, refine, jnp.int32(0), unroll=not on_cpu())
 
 
 def _order_bits(scores):
