@@ -13,7 +13,7 @@ from experiments.common.attention import AttentionOptions
 from experiments.common.compare import Task, check_drawn_head, draw, run_outcomes
 from experiments.common.errors import UserError
 from experiments.common.kv_cache import CacheOptions
-from experiments.common.memory import check_room, plan, show_estimate
+from experiments.common.memory import check_room, show_estimate
 from experiments.common.options import (
     ModelOptions,
     OutputOptions,
@@ -25,7 +25,7 @@ from experiments.common.report import Outcome, show
 from experiments.common.session import encode, load, sketch
 from models import Model
 from models.common.cache import kept_tokens
-from models.common.memory import PrefillMemory, device_memory, gib
+from models.common.memory import PrefillMemory, device_memory, estimate_prefill, gib
 
 _RECORDED_CHARACTERS = 200
 
@@ -133,14 +133,16 @@ def _plan(
     model = sketch(config.model)
     tokens = _encode(model, config.prompt, sampling)
     layers, length = model.config.num_layers, tokens.shape[1]
-    asked = config.attention.build(num_layers=layers, num_heads=model.config.num_heads)
+    options = config.attention.for_model(model, Console(quiet=True))  # told once the model is there
+    asked = options.build(num_layers=layers, num_heads=model.config.num_heads)
     runs = [(asked, cache.build(num_layers=layers))]
     if config.output.compare is not None:
         runs.append((mj.DenseAttention(), None))
     estimates = [
-        plan(
-            model, length, attention, compression=compression, chunk_size=config.model.chunk_size,
+        estimate_prefill(
+            model.params, config=model.config, attention_fn=attention, batch=1, length=length,
             new_tokens=_room(sampling) if kept_tokens(compression, length) else 0,
+            chunk_size=config.model.chunk_size, compression=compression,
         )
         for attention, compression in runs
     ]  # fmt: skip

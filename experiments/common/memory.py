@@ -1,15 +1,11 @@
 """The memory that a prompt will need, told before its model is loaded."""
 
-from typing import Any
-
 from rich.console import Console
 from rich.table import Table
 
 from experiments.common.errors import reported_as_user_error
-from minference_jax.kv_cache import KVCompression
-from models import Model
 from models.common.layers import TOKENS_PER_CHUNK
-from models.common.memory import PrefillMemory, check_fits, estimate_prefill, gib
+from models.common.memory import PrefillMemory, check_fits, gib
 
 WAYS_OUT = (
     "--kv-cache int8 or snapkv:4096 keeps less of the prompt (prefill: --kv-cache none nothing), "
@@ -26,28 +22,6 @@ _PARTS = {
     "chunk": f"MLP of {TOKENS_PER_CHUNK:,} tokens",
     "logits": "logits of the last token",
 }
-
-
-def plan(
-    model: Model,
-    length: int,
-    attention: Any,
-    *,
-    new_tokens: int,
-    chunk_size: int | None,
-    compression: KVCompression | None,
-) -> PrefillMemory:
-    """Estimates the prefill of one prompt; the model's parameters may be shapes."""
-    return estimate_prefill(
-        model.params,
-        config=model.config,
-        attention_fn=attention,
-        batch=1,
-        length=length,
-        new_tokens=new_tokens,
-        chunk_size=chunk_size,
-        compression=compression,
-    )
 
 
 def check_room(memory: PrefillMemory | int, limit: int | None) -> None:

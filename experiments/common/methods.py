@@ -101,10 +101,11 @@ def for_model(methods: Sequence[Method], model: Model, console: Console) -> list
         model: the model that they run on.
         console: told what `minference` is, if it is among them.
     """
+    if all(method.family != "minference" for method in methods):
+        return list(methods)
     sizes = model.config.num_layers, model.config.num_heads
     recommended = mj.recommended_attention(*sizes, model.name)
-    if any(method.family == "minference" for method in methods):
-        console.print(explain_default(model), highlight=False, soft_wrap=True)
+    console.print(explain_default(model), highlight=False, soft_wrap=True)
     return [
         dataclasses.replace(
             method, sha256=_digest(recommended), attention=lambda layers, heads: recommended
