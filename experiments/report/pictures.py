@@ -59,7 +59,7 @@ def prefill_picture(study: Scored, path: Path) -> Path:
     named = [lengths[0]]
     for length in lengths[1:]:
         # Names of closer ones would lie over each other.
-        named += [length] if length >= 1.3 * named[-1] else []
+        named += [length] if length >= 1.6 * named[-1] else []
     axes.set_xticks(named, [short_tokens(length) for length in named])
     axes.minorticks_off()
     axes.yaxis.set_major_formatter("{x:g}")

@@ -77,6 +77,7 @@ def change(rows: Sequence[Row], length: int) -> str:
     more = np.array([row.nll - row.dense_nll for row in rows if row.length == length])
     ratio = np.exp(more.mean())
     text = f"{100 * (ratio - 1):+.2f}"
+    text = "0.00" if text in ("+0.00", "-0.00") else text
     if len(more) < 2:
         return text
     return f"{text} ± {100 * ratio * more.std(ddof=1) / np.sqrt(len(more)):.2f}"
