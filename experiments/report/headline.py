@@ -4,7 +4,7 @@ import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from experiments.common.errors import UserError
 from experiments.report import sections, texts
@@ -12,6 +12,7 @@ from experiments.report.markdown import link, short_revision, table
 from experiments.report.measured import Comparison
 from experiments.report.page import Report
 from experiments.report.scores import samples_in_words
+from experiments.report.study import Study
 
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 # Divergence from dense attention that is told as close, nats.
@@ -81,7 +82,7 @@ def _columns(report: Report, folder: Path) -> dict[str, list[_Column]]:
         lengths = sections.title(study).partition(", ")[2]
         columns.setdefault(f"{study.model}, {study.device}", []).append(
             _Column(
-                f"{study.kind}, {lengths}",
+                f"{_kind(study)}, {lengths}",
                 study.source(folder, samples_in_words(study)),
                 list(study.methods),
                 functools.partial(sections.headline, study),
@@ -91,13 +92,24 @@ def _columns(report: Report, folder: Path) -> dict[str, list[_Column]]:
         lengths = texts.title(study).partition(", ")[2]
         columns.setdefault(f"{study.model}, {study.device}", []).append(
             _Column(
-                f"perplexity, {lengths}",
+                f"{_kind(study)}, {lengths}",
                 study.source(folder, texts.number_of_texts(study)),
                 list(study.methods),
                 functools.partial(texts.headline, study),
             )
         )
     return columns
+
+
+def _kind(study: Study[Any]) -> str:
+    """The command, and the options that make another experiment of it: `needle --lead`."""
+    words = [study.kind]
+    for name in ("lead", "rope_scaling"):
+        value = next((v for k, v in study.settings.items() if k.rpartition(".")[2] == name), None)
+        if value:
+            flag = f"--{name.replace('_', '-')}"
+            words.append(flag if value is True else f"{flag} {value}")
+    return " ".join(words)
 
 
 def _comparisons(compared: Sequence[Comparison], folder: Path) -> Iterator[str]:

@@ -8,9 +8,11 @@ from minference_jax.adaptive.with_columns import WithColumns
 from pallas_kernels.common.environment import not_hopper
 
 # Of one layer on an H200. Prefills of 8,000 tokens by three models with 9 to 14 query heads
-# (`experiments/results/h200/compare-*-8k.md`) take 0.34 to 0.39 ms a layer longer than dense ones
-# with columns, 0.06 to 0.09 ms less without; with what the kernel saves at the executed shares
-# there, the estimates take 0.45 to 0.55 and 0.05 to 0.12 ms, whatever the heads.
+# (`experiments/results/h200/compare-*-8k.md`) take 0.21 to 0.38 ms a layer longer than dense ones
+# with columns, 0.10 to 0.13 ms less without; with what the kernel saves at the executed shares
+# there, the estimates take 0.31 to 0.54 and up to 0.08 ms, whatever the heads. Called alone
+# (`break-even.jsonl` beside them), at 8,192 and 16,384 keys, they take 0.28 to 0.42 and 0.12 to
+# 0.17 ms with 12 and 14 heads, 0.1 ms of each the call.
 _BLOCKS_S, _COLUMNS_S = 0.07e-3, 0.43e-3
 # Of dense attention: 600 TFLOP/s with heads of 128, fewer with narrower ones.
 _FLOP_PER_S = 5e14
