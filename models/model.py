@@ -13,7 +13,8 @@ from minference_jax.types import AttentionFn
 from models.common import decoder
 from models.common.cache import KVCache
 from models.common.config import DecoderConfig
-from models.common.generate import Sampling, generate
+from models.common.generate import generate
+from models.common.sampling import Sampling
 from models.common.tokenizer import Tokenizer
 
 

@@ -95,7 +95,8 @@ def _inf_llm(n_local: int, topk: int = 16, exc_block: int = 512) -> mj.InfLLM:
 
 def _shared(estimator: mj.Estimator, layers: int, heads: int) -> mj.AdaptiveAttention:
     """One choice for each KV head, as it was published."""
-    return mj.AdaptiveAttention(estimator, mj.Layout(shared=True)).for_layers(layers)
+    layout = mj.Layout(shared=True)
+    return mj.AdaptiveAttention(estimator, layout, break_even=0).for_layers(layers)
 
 
 def _dilated(global_size: int, window_size: int) -> mj.DilatedStreaming:

@@ -22,8 +22,8 @@ from minference_jax.kv_cache import KVCompression
 from models import LoadError, Model, abstract_model, load_model
 from models.common.cache import kept_tokens
 from models.common.decoder import decode_step, prefill
-from models.common.generate import Sampling, choose_tokens
 from models.common.memory import compiled_bytes, device_memory
+from models.common.sampling import Sampling, choice_of, choose_tokens
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -234,13 +234,14 @@ def run_decode(
 ) -> Generation:
     """Generates after a prompt until a stop token or the limit; uses up the run's cache."""
     sampling = Sampling(temperature=options.temperature, top_k=options.top_k, top_p=options.top_p)
+    choice = choice_of(sampling, model.config.vocab_size)
     keys = jax.random.split(jax.random.key(options.seed), options.max_new_tokens)
 
     def step(params: Any, token: Array, cache: Any, key: Array) -> Any:
         logits, cache = decode_step(params, token, cache, config=model.config)
-        return choose_tokens(logits, sampling, key), cache
+        return choose_tokens(logits, choice, key), cache
 
-    token = choose_tokens(jnp.asarray(run.logits)[None, :], sampling, keys[0])
+    token = choose_tokens(jnp.asarray(run.logits)[None, :], choice, keys[0])
     with stage(console, f"{name}: compiling the decoding step") as compiling:
         # The cache is donated: it is updated in place instead of being copied for every token.
         jitted = jax.jit(step, donate_argnums=2)

@@ -15,6 +15,7 @@ from experiments.common.errors import UserError, check_writable
 from experiments.common.fingerprint import fingerprint
 from experiments.common.methods import Method, dense, for_model, parse_whole_cache_methods, usage
 from experiments.common.options import LoadOptions, at_least
+from experiments.common.programs import Programs
 from experiments.common.record import append_record
 from experiments.common.session import load
 from experiments.compare.measure import Subject, figures, read
@@ -100,13 +101,14 @@ class Compare:
     ) -> list[Row]:
         """The rows of all prompts and methods, dense first; those not known are measured."""
         sha256 = fingerprint(model)
+        programs = Programs()
         answer_room = max(len(reading.answer) for reading in readings)
         wanted: list[tuple[Subject, dict[Method, Point]]] = []
         missing: list[tuple[Subject, dict[Method, Point]]] = []
         for reading in readings:
             subject = Subject(
                 model=model, reading=reading, positions=self.positions, answer_room=answer_room,
-                repeats=self.repeats,
+                repeats=self.repeats, programs=programs,
             )  # fmt: skip
             points = {method: self._point(subject, method, sha256) for method in methods}
             wanted.append((subject, points))

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from experiments.common.programs import Programs
 from experiments.common.quality import force_answer, score_positions
 from experiments.compare.prompts import Reading
 from minference_jax.pairs import CountedPairs
@@ -34,6 +35,7 @@ class Subject:
         positions: last positions of the prompt that are compared; all of a shorter prompt.
         answer_room: tokens of the longest answer of all prompts.
         repeats: runs of the prefill, each timed.
+        programs: what is compiled, for this and other prompts.
     """
 
     model: Model
@@ -41,6 +43,7 @@ class Subject:
     positions: int
     answer_room: int
     repeats: int = 1
+    programs: Programs = dataclasses.field(default_factory=Programs)
 
     @property
     def rows(self) -> int:
@@ -65,7 +68,7 @@ class Run(NamedTuple):
         hidden: the stream behind the layers at the positions compared, padding after them.
         cache: of prompt and answer.
         index: what every layer visited, or how much.
-        seconds: of each run, compilation apart if `programs.compile_all` came first.
+        seconds: of each run, compilation apart; loading, too, if `compile_all` came first.
     """
 
     hidden: Float[Array, "rows embed"]
@@ -77,12 +80,13 @@ class Run(NamedTuple):
 def read(subject: Subject, attention: Any) -> Run:
     """Reads the prompt with the attention of a whole model."""
     arguments, static = read_arguments(subject, attention, tokens=len(subject.reading.tokens))
+    run = subject.programs.ready(subject.programs.add(run_read.lower, *arguments, **static))
     seconds: list[float] = []
     found: Any = None
     for _ in range(subject.repeats):
         found = None  # two caches at once are not needed
         start = time.perf_counter()
-        found = jax.block_until_ready(run_read(*arguments, **static))
+        found = jax.block_until_ready(run(*arguments))
         seconds.append(time.perf_counter() - start)
     hidden, cache, index = found
     return Run(hidden[0], cache, index, seconds)
@@ -159,11 +163,14 @@ def figures(subject: Subject, run: Run, dense_hidden: Float[Array, "rows embed"]
     end = len(reading.tokens)
     targets = np.zeros(subject.rows, np.int32)
     targets[: compared - 1] = reading.tokens[end - compared + 1 :]
-    scored = score_positions(
-        model.params, run.hidden, dense_hidden, jnp.asarray(targets), config=model.config
-    )
+    program = subject.programs.run
+    scored = program(
+        score_positions.lower, model.params, run.hidden, dense_hidden, jnp.asarray(targets),
+        config=model.config,
+    )  # fmt: skip
     kl, agrees, surprise, _ = (np.asarray(x, np.float64)[:compared] for x in scored)
-    counted = count_work(run.index, jnp.asarray([end], jnp.int32), length=reading.length)
+    lengths = jnp.asarray([end], jnp.int32)
+    counted = program(count_work.lower, run.index, lengths, length=reading.length)
     visited, executed = (np.asarray(counted[x], np.float64) for x in ("visited", "executed"))
     result: dict[str, Any] = {
         "positions": compared,
@@ -182,9 +189,9 @@ def figures(subject: Subject, run: Run, dense_hidden: Float[Array, "rows embed"]
     if number := len(reading.answer):
         answer = np.zeros(subject.answer_room, np.int32)
         answer[:number] = reading.answer
-        surprises, likeliest, _ = force_answer(
-            model.params, run.hidden[compared - 1], jnp.asarray(answer), jnp.int32(number),
-            run.cache, config=model.config,
+        surprises, likeliest, _ = program(
+            force_answer.lower, model.params, run.hidden[compared - 1], jnp.asarray(answer),
+            jnp.int32(number), run.cache, config=model.config,
         )  # fmt: skip
         surprises = np.asarray(surprises, np.float64)[:number]
         result["answer_probability"] = float(np.exp(-surprises.sum()))

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from experiments.common.methods import FROM_FILE
 from experiments.common.plotting import new_figure, save
+from experiments.compare.names import Name, write_names
 from experiments.compare.rows import Row, read_all
 from experiments.compare.summary import Group, Line, markdown, summarise
 
@@ -20,8 +21,6 @@ from experiments.compare.summary import Group, Line, markdown, summarise
 _FLOOR = 1e-5  # other kernels differ by more
 # Columns of text that the tables need.
 WIDTH = 120
-# Share executed from which a name has room to the left of its point.
-_ROOM = 0.15
 _MARKERS = "os^vDPX<>*phd"
 
 
@@ -80,8 +79,9 @@ def picture(groups: dict[Group, list[Line]], *, path: Path) -> Path:
     figure, axes = new_figure(5.6 * across + 1.6, 5.0 * down, across, down)
     families = dict.fromkeys(line.family for lines in groups.values() for line in lines)
     order = [family for family in families if family != "dense"]
+    names = []
     for part, (group, lines) in zip(axes, groups.items(), strict=False):
-        draw_quality(part, lines, order)
+        names.append(draw_quality(part, lines, order))
         part.set_title(textwrap.fill(group.title, 70), fontsize=9)
     for unused in axes[len(groups) :]:
         unused.set_axis_off()
@@ -89,11 +89,14 @@ def picture(groups: dict[Group, list[Line]], *, path: Path) -> Path:
     handles = [drawn[family] for family in order]
     if handles:
         figure.legend(handles, order, frameon=False, fontsize=7, loc="outside right upper")
+    figure.draw_without_rendering()  # names go by where all else lies
+    for part, of_part in zip(axes, names, strict=False):
+        write_names(part, of_part)
     return save(figure, path)
 
 
-def draw_quality(axes: Axes, lines: Sequence[Line], order: Sequence[str]) -> None:
-    """Draws one group; dense attention is the reference that nothing diverges from.
+def draw_quality(axes: Axes, lines: Sequence[Line], order: Sequence[str]) -> list[Name]:
+    """Draws one group, and returns the names of its points; nothing diverges from dense attention.
 
     Args:
         axes: where.
@@ -102,6 +105,7 @@ def draw_quality(axes: Axes, lines: Sequence[Line], order: Sequence[str]) -> Non
     """
     axes.set_yscale("log")
     colours = mpl.colormaps["tab20"]([*range(0, 20, 2), *range(1, 20, 2)])
+    names = []
     for number, family in enumerate(order):
         found = [line for line in lines if line.family == family]
         if not found:
@@ -113,14 +117,8 @@ def draw_quality(axes: Axes, lines: Sequence[Line], order: Sequence[str]) -> Non
         width = 0.0 if family in FROM_FILE else 1.2
         axes.plot(x, y, label=family, linewidth=width, markersize=5, **style)
         for line, at in zip(found, zip(x, y, strict=True), strict=True):
-            _, _, budget = line.method.partition(":")
-            # Names of files are long: they go to the left of points that have room there.
-            left = family in FROM_FILE and at[0] > _ROOM
-            axes.annotate(
-                budget.replace(".json", ""), at, xytext=(-5 if left else 5, 0),
-                textcoords="offset points", ha="right" if left else "left", va="center",
-                fontsize=6, color="0.35",
-            )  # fmt: skip
+            whole = line.method.replace(".json", "")
+            names.append(Name(whole.removeprefix(f"{family}:"), whole, at, style["color"]))
     for line in lines:
         if line.family == "dense":
             axes.axvline(line.executed, color="0.4", linestyle="--", linewidth=1)
@@ -135,3 +133,4 @@ def draw_quality(axes: Axes, lines: Sequence[Line], order: Sequence[str]) -> Non
     )
     axes.xaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
     axes.grid(which="major", color="0.92")
+    return names

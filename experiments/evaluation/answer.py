@@ -1,9 +1,7 @@
 """Answers to batches of prompts, with times that leave compilation out."""
 
 import functools
-import os
 import time
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 import minference_jax as mj
+from experiments.common.programs import Program, Programs
 from minference_jax.attention import VisitedPairs
 from minference_jax.kv_cache import KVCompression
 from models import Model
@@ -62,13 +61,6 @@ class Answers(NamedTuple):
     cache_bytes: int
 
 
-class _Program(NamedTuple):
-    """A program that is or will be compiled, and the shapes of what it returns."""
-
-    compiled: Future[Any]
-    outputs: Any
-
-
 class Answerer:
     """Answers batches greedily; a program is compiled once, and loaded before time is taken.
 
@@ -78,10 +70,8 @@ class Answerer:
     def __init__(self, model: Model, *, chunk_size: int | None) -> None:
         """Takes the model, and the prompt tokens that are read at a time, all if None."""
         self.model, self._chunk_size = model, chunk_size
-        self.programs: dict[Any, _Program] = {}
+        self.programs = Programs()
         self._loaded: set[int] = set()
-        # Compilation does not need Python, and uses more than one core itself.
-        self._pool = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2))
 
     def __call__(
         self, batch: Batch, attention: Any, compression: KVCompression | None = None
@@ -134,48 +124,32 @@ class Answerer:
 
     def _reading(
         self, batch: Batch, attention: Any, compression: Any
-    ) -> tuple[_Program, Array, Array]:
+    ) -> tuple[Program, Array, Array]:
         """What reads a batch, the prompts' lengths, and the tokens of an answer."""
         width, chunk_size = batch.tokens.shape[1], self._chunk_size
         if chunk_size is not None and chunk_size >= width:
             chunk_size = None
         lengths, limit = jnp.asarray(batch.lengths, jnp.int32), jnp.int32(batch.limit)
         tokens = jax.ShapeDtypeStruct(batch.tokens.shape, jnp.int32)
-        program = self._program(
-            _read, self.model.params, tokens, lengths, limit, attention, compression,
+        program = self.programs.add(
+            _lower_read, self.model.params, tokens, lengths, limit, attention, compression,
             config=self.model.config, room=batch.room, chunk_size=chunk_size,
         )  # fmt: skip
         return program, lengths, limit
 
-    def _counting(self, seen: Any, lengths: Array, batch: Batch) -> _Program:
-        return self._program(_count, seen, lengths, length=batch.tokens.shape[1])
+    def _counting(self, seen: Any, lengths: Array, batch: Batch) -> Program:
+        return self.programs.add(_count.lower, seen, lengths, length=batch.tokens.shape[1])
 
-    def _decoding(self, logits: Any, cache: Any, limit: Array, batch: Batch) -> _Program:
+    def _decoding(self, logits: Any, cache: Any, limit: Array, batch: Batch) -> Program:
         model = self.model
-        return self._program(
-            _decode, model.params, logits, cache, limit, config=model.config, room=batch.room,
+        return self.programs.add(
+            _decode.lower, model.params, logits, cache, limit, config=model.config, room=batch.room,
             stop_tokens=model.tokenizer.stop_tokens,
         )  # fmt: skip
 
-    def _program(self, function: Any, *arguments: Any, **static: Any) -> _Program:
-        """The program for arguments of these structures and shapes; arrays need not exist."""
-        leaves, structure = jax.tree.flatten(arguments)
-        shapes = tuple((jnp.shape(leaf), jnp.result_type(leaf)) for leaf in leaves)
-        key = (function, structure, shapes, *static.items())
-        if key not in self.programs:
-            lower = _lower_read if function is _read else function.lower
-            lowered = lower(*arguments, **static)
-            outputs = jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), lowered.out_info
-            )
-            self.programs[key] = _Program(self._pool.submit(lowered.compile), outputs)
-        return self.programs[key]
-
-    def _run(self, program: _Program) -> Any:
-        self._loaded.add(id(program.compiled))
-        # While others compile, times would be too long.
-        wait([one.compiled for one in self.programs.values()])
-        return program.compiled.result()
+    def _run(self, program: Program) -> Any:
+        self._loaded.add(id(program))
+        return self.programs.ready(program)
 
 
 def _lower_read(*arguments: Any, chunk_size: int | None, **static: Any) -> jax.stages.Lowered:

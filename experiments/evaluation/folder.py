@@ -58,8 +58,7 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
     Raises:
         UserError: the folder holds a run with others.
     """
-    path = folder / _SETTINGS
-    known = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    known = _claimed(folder)
     settings = json.loads(json.dumps(settings, default=str))
     begun = any(any(folder.glob(lines)) for lines in ("*.jsonl", "*/*.jsonl"))
     for name, value in settings.items():
@@ -68,7 +67,12 @@ def claim(folder: Path, settings: dict[str, Any]) -> None:
                 f"{folder} holds a run made with {name} = {known[name]}, this one has {value}; "
                 "choose another --output, or remove that folder"
             )
-    replace_lines(path, [known | settings])
+    replace_lines(folder / _SETTINGS, [known | settings])
+
+
+def _claimed(folder: Path) -> dict[str, Any]:
+    path = folder / _SETTINGS
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def claim_methods(folder: Path, methods: Iterable[Method]) -> dict[str, Path]:
@@ -133,14 +137,18 @@ def write_record(
     """Writes a method's line of `record.jsonl`, over that of an earlier, smaller part of its run.
 
     Args:
-        folder: of the run.
+        folder: of the run, whose settings name the model's digest.
         method: named in the result.
         kind: name of the command.
         config: its options.
         result: the figures.
     """
     path = folder / "record.jsonl"
-    about = {"method": method.label, "patterns_sha256": method.sha256}
+    about = {
+        "method": method.label,
+        "patterns_sha256": method.sha256,
+        "model_sha256": _claimed(folder)["model_sha256"],
+    }
     record = make_record(kind=kind, argv=sys.argv, config=config, result=about | result)
     records = {line["result"]["method"]: line for line in read_lines(path)}
     replace_lines(path, [*(records | {method.label: record}).values()])

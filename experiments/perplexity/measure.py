@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 import minference_jax as mj
 from experiments.common.measure import density_of
-from experiments.common.quality import score_positions
+from experiments.common.programs import Programs
+from experiments.common.quality import Positions, score_positions
 from experiments.evaluation.folder import append_lines, read_lines
 from minference_jax.attention import VisitedPairs
 from models import Model
@@ -89,20 +90,23 @@ def measure_all(
     """
     known = {label: _read_rows(path) for label, path in paths.items()}
     wanted = {(_sha256(text.tokens[:length]), length): text for length in lengths for text in texts}
-    done = sum(length for rows in known.values() for _, length in wanted.keys() & rows.keys())
+    missing = {
+        point: [label for label, rows in known.items() if point not in rows] for point in wanted
+    }
+    made = lambda point: {label: attentions[label](point[1]) for label in missing[point]}
+    programs = Programs()
+    for point in wanted:
+        _compile(programs, model, made(point), point[1])
     total = len(paths) * sum(length for _, length in wanted)
+    done = total - sum(length * len(labels) for (_, length), labels in missing.items())
     with tqdm(total=total, initial=done, unit="token", unit_scale=True, disable=None) as bar:
-        for (sha256, length), text in wanted.items():
-            missing = {
-                label: attentions[label](length)
-                for label, rows in known.items()
-                if (sha256, length) not in rows
-            }
+        for point, text in wanted.items():
+            sha256, length = point
             bar.set_description(f"{text.name}, {length:,} tokens")
-            for label, figures in measure(model, missing, text.tokens[:length]):
+            for label, figures in measure(model, made(point), text.tokens[:length], programs):
                 row = Row(text=text.name, sha256=sha256, length=length, **figures)
                 append_lines(paths[label], [dataclasses.asdict(row)])
-                known[label][sha256, length] = row
+                known[label][point] = row
                 bar.update(length)
     return {label: [rows[point] for point in wanted] for label, rows in known.items()}
 
@@ -112,8 +116,18 @@ def _read_rows(path: Path) -> dict[tuple[str, int], Row]:
     return {(row.sha256, row.length): row for row in rows}
 
 
+def _compile(programs: Programs, model: Model, attentions: dict[str, Any], length: int) -> None:
+    """Begins to compile what `measure` runs."""
+    tokens = jax.ShapeDtypeStruct((length,), jnp.int32)
+    for attention in [mj.DenseAttention(), *attentions.values()] if attentions else []:
+        hidden, _ = programs.add(
+            _read.lower, model.params, tokens, attention, config=model.config
+        ).outputs
+        programs.add(_score.lower, model.params, hidden, hidden, tokens, config=model.config)
+
+
 def measure(
-    model: Model, attentions: dict[str, Any], tokens: Int[np.ndarray, " s"]
+    model: Model, attentions: dict[str, Any], tokens: Int[np.ndarray, " s"], programs: Programs
 ) -> Iterator[tuple[str, dict[str, float]]]:
     """Figures of a `Row` for each method; dense attention reads first, if there is any.
 
@@ -122,16 +136,14 @@ def measure(
     if not attentions:
         return
     ids = jnp.asarray(tokens)
-    read = functools.partial(_read, model.params, ids, config=model.config)
+    run = functools.partial(programs.run, config=model.config)
+    read = functools.partial(run, _read.lower, model.params, ids)
     dense = read(mj.DenseAttention())
     dense_hidden, _ = dense
     for label, attention in attentions.items():
         # Another kernel's dense attention (`dense:xla`) is read like any other.
         hidden, pairs = dense if attention == mj.DenseAttention() else read(attention)
-        # The last row's next token is not in the text.
-        scored = score_positions(
-            model.params, hidden[:-1], dense_hidden[:-1], ids[1:], config=model.config
-        )
+        scored = run(_score.lower, model.params, hidden, dense_hidden, ids)
         kl, agrees, surprise, dense_surprise = (np.mean(np.asarray(x, np.float64)) for x in scored)
         yield (
             label,
@@ -157,6 +169,12 @@ def _read(
         rope_length=lengths, rows=length, capacity=length, observe=mj.observe_density,
     )  # fmt: skip
     return hidden[0], pairs
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _score(params, hidden, dense_hidden, tokens, *, config) -> Positions:
+    """Of all positions but the last, whose next token is not in the text."""
+    return score_positions(params, hidden[:-1], dense_hidden[:-1], tokens[1:], config=config)
 
 
 def _sha256(tokens: Int[np.ndarray, " s"]) -> str:

@@ -14,6 +14,7 @@ from experiments.report.read import Entry, as_this_version_writes
 _FREE = ("output", "methods", "limit", "modes", "texts")
 # Those that tables show.
 _SHOWN = ("lengths", "length", "tasks", "samples", "depths", "rounds", "turns")
+_WORDS = {"git": "revision", "model_sha256": "digest of the model"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,6 +25,7 @@ class Study[Result]:
         kind: of the records.
         mode: of conversations, otherwise None.
         model: name of its file or folder.
+        model_sha256: of its configuration and part of its weights; None of older records.
         device: that it ran on.
         git: revision of the code, with `+changes` if files differed from it; None if unknown.
         jax: version.
@@ -39,6 +41,7 @@ class Study[Result]:
     kind: str
     mode: str | None
     model: str
+    model_sha256: str | None
     device: str
     git: str | None
     jax: str
@@ -80,7 +83,7 @@ def _unlike(one: Study[Any], other: Study[Any]) -> list[str]:
     """What keeps results out of one table, in words."""
     names = [
         name
-        for name in ("device", "git", "jax", "samples")
+        for name in ("model_sha256", "device", "git", "jax", "samples")
         if getattr(one, name) != getattr(other, name)
     ]
     names += [
@@ -88,7 +91,7 @@ def _unlike(one: Study[Any], other: Study[Any]) -> list[str]:
         for name in one.settings.keys() | other.settings.keys()
         if one.settings.get(name) != other.settings.get(name)
     ]
-    return sorted({"revision" if name == "git" else name.rpartition(".")[2] for name in names})
+    return sorted({_WORDS.get(name, name.rpartition(".")[2]) for name in names})
 
 
 def _in_words(name: str, value: Any) -> str:
@@ -164,6 +167,7 @@ def _conditions(entry: Entry) -> dict[str, Any]:
     return {
         "kind": entry.record["kind"],
         "model": Path(settings.pop("model.model")).name,
+        "model_sha256": entry.record["result"].get("model_sha256"),
         "device": environment["device"],
         "git": environment["git"],
         "jax": environment["jax"],

@@ -1,78 +1,28 @@
 """Answers to the turns of conversations, each read onto the cache of what came before."""
 
 import dataclasses
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
-import minference_jax as mj
 from experiments.evaluation.folder import append_lines
 from experiments.evaluation.predict import Prediction, read_predictions
 from experiments.evaluation.sample import Sample
 from experiments.scbench.pieces import Mode, Turn, cut
-from minference_jax.attention import VisitedPairs
-from minference_jax.kv_cache import KVCompression
-from models import Model
-from models.common.cache import KVCache, kept_tokens
-from models.common.decoder import extend, prefill
-from models.common.generate import decode_greedily
-
-# The cache is not donated: further turns go on from it.
-_decode = jax.jit(decode_greedily, static_argnames=("config", "max_new_tokens", "stop_tokens"))
+from experiments.scbench.reader import (
+    Reader,
+    Sizes,
+    Tokens,
+    answer,
+    compile_for,
+    read_first,
+    read_onto,
+)
+from models.common.cache import kept_tokens
 
 _STEP = 64  # widths of pieces are multiples of it, so that few programs are compiled
-
-Tokens = Sequence[int]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Reader:
-    """How conversations are read.
-
-    Attributes:
-        model: the model.
-        attention: of all pieces of conversations of a length, with a leading [layers] axis on its
-            arrays.
-        compression: what is kept of the first piece, everything if None; of later ones all is.
-        chat: put conversations into the chat template, if there is one.
-        chunk_size: tokens of the first piece read at a time, all if None.
-    """
-
-    model: Model
-    attention: Callable[[int], Any]
-    compression: KVCompression | None
-    chat: bool
-    chunk_size: int | None
-
-
-class _Sizes(NamedTuple):
-    """Tokens of a whole conversation, and of what is compiled: first piece, later one, cache."""
-
-    length: int
-    first: int
-    later: int
-    capacity: int
-
-
-class _State(NamedTuple):
-    """What was read: logits after it, its cache, its tokens, pairs visited and causal.
-
-    Seconds are those of the last piece.
-    """
-
-    logits: Float[Array, "1 vocab"]
-    cache: KVCache
-    tokens: int
-    pairs: Float[np.ndarray, " 2"]
-    seconds: float
 
 
 def predict(
@@ -102,7 +52,10 @@ def predict(
     if missing:
         pieces = _tokenised(conversations, reader, mode)
         sizes = _sizes(conversations, pieces, reader, mode)
-        for one in {one[0].length: one for one in missing}.values():  # compiles
+        alike = {(one[0].length, *(turn.max_new_tokens for turn in one)): one for one in missing}
+        for one in alike.values():
+            compile_for(one, reader, sizes[one[0].length])
+        for one in alike.values():  # the first run also loads programs onto the device
             names = {turn.name for turn in one[1:]}
             list(_answers(one, pieces[one[0].name], names, reader, mode, sizes[one[0].length]))
         for one in tqdm(missing, f"{name}, {mode}", unit="conversation", disable=None):
@@ -138,7 +91,7 @@ def _sizes(
     pieces: dict[str, list[list[int]]],
     reader: Reader,
     mode: Mode,
-) -> dict[int, _Sizes]:
+) -> dict[int, Sizes]:
     """The sizes of each length: all its conversations share compiled programs."""
     sizes = {}
     for length in {one[0].length for one in conversations}:
@@ -149,7 +102,7 @@ def _sizes(
         onto = max(len(cut) - 1 for cut in cuts) if mode == "multi_turn" else 1
         new = max(turn.max_new_tokens for one in alike for turn in one)
         kept = kept_tokens(reader.compression, first)
-        sizes[length] = _Sizes(length, first, later, kept + onto * later + new)
+        sizes[length] = Sizes(length, first, later, kept + onto * later + new)
     return sizes
 
 
@@ -159,11 +112,11 @@ def _answers(
     names: set[str],
     reader: Reader,
     mode: Mode,
-    sizes: _Sizes,
+    sizes: Sizes,
 ) -> Iterator[Prediction]:
     """Answers of the turns of these names, in their order."""
     _, *turns = conversation
-    state = _read_first(pieces[0], reader, sizes)
+    state = read_first(pieces[0], reader, sizes)
     start = state
     later = pieces[1:] if mode == "shared_context" else [None, *pieces[1:]]
     last = max(number for number, turn in enumerate(turns) if turn.name in names)
@@ -171,82 +124,9 @@ def _answers(
         if mode == "shared_context" and turn.name not in names:
             continue
         before = start if mode == "shared_context" else state
-        state = before if piece is None else _read_onto(before, piece, reader, sizes)
+        state = before if piece is None else read_onto(before, piece, reader, sizes)
         if turn.name in names:
-            yield _answer(turn, state, reader)
-
-
-def _read_first(tokens: Tokens, reader: Reader, sizes: _Sizes) -> _State:
-    start = time.perf_counter()
-    result: Any = prefill(
-        reader.model.params,
-        _padded(tokens, sizes.first),
-        config=reader.model.config,
-        attention_fn=reader.attention(sizes.length),
-        lengths=jnp.asarray([len(tokens)], jnp.int32),
-        capacity=sizes.capacity,
-        rope_length=jnp.asarray([sizes.length], jnp.int32),
-        chunk_size=reader.chunk_size,
-        observe=mj.observe_density,
-        compression=reader.compression,
-    )
-    logits, cache, pairs = jax.block_until_ready(result)
-    seconds = time.perf_counter() - start
-    return _State(logits, cache, len(tokens), _sums(pairs), seconds)
-
-
-def _read_onto(state: _State, tokens: Tokens, reader: Reader, sizes: _Sizes) -> _State:
-    start = time.perf_counter()
-    result: Any = extend(
-        reader.model.params,
-        _padded(tokens, sizes.later),
-        state.cache,
-        config=reader.model.config,
-        attention_fn=reader.attention(sizes.length),
-        lengths=jnp.asarray([len(tokens)], jnp.int32),
-        observe=mj.observe_density,
-    )
-    logits, cache, pairs = jax.block_until_ready(result)
-    seconds = time.perf_counter() - start
-    tokens_read, pairs_read = state.tokens + len(tokens), state.pairs + _sums(pairs)
-    return _State(logits, cache, tokens_read, pairs_read, seconds)
-
-
-def _answer(turn: Sample, state: _State, reader: Reader) -> Prediction:
-    model = reader.model
-    start = time.perf_counter()
-    result, _ = _decode(
-        model.params,
-        state.logits,
-        state.cache,
-        turn.max_new_tokens,
-        config=model.config,
-        max_new_tokens=turn.max_new_tokens,
-        stop_tokens=model.tokenizer.stop_tokens,
-    )
-    result = jax.block_until_ready(result)
-    seconds = time.perf_counter() - start
-    new = np.asarray(result.tokens)[0, : int(result.lengths[0])].tolist()
-    visited, causal = state.pairs
-    return Prediction(
-        name=turn.name,
-        answer=model.tokenizer.decode(new),
-        prompt_tokens=state.tokens,
-        new_tokens=len(new),
-        density=round(float(visited / causal), 6),
-        batch=1,
-        prefill_seconds=state.seconds,
-        decode_seconds=seconds,
-        cache_bytes=state.cache.keys.nbytes + state.cache.values.nbytes,
-    )
-
-
-def _padded(tokens: Tokens, width: int) -> Int[Array, "1 width"]:
-    return jnp.asarray(np.pad(np.asarray(tokens, np.int32), (0, width - len(tokens)))[None])
-
-
-def _sums(pairs: VisitedPairs) -> Float[np.ndarray, " 2"]:
-    return np.array([np.sum(np.asarray(count, np.float64)) for count in pairs])
+            yield answer(turn, state, reader)
 
 
 def _rounded(tokens: int) -> int:

@@ -10,6 +10,7 @@ from experiments.common.calibration import Attentions
 from experiments.common.errors import UserError, check_writable, reported_as_user_error
 from experiments.common.fingerprint import fingerprint
 from experiments.common.methods import Method, for_model, parse_methods
+from experiments.common.programs import Programs
 from experiments.common.session import load
 from experiments.evaluation.folder import (
     claim,
@@ -22,7 +23,8 @@ from experiments.evaluation.run import check_chunks, means
 from experiments.evaluation.stages import Draft, Metric, Score, limited, prepare, score
 from experiments.scbench.options import Conversing
 from experiments.scbench.pieces import Mode
-from experiments.scbench.predict import Reader, predict
+from experiments.scbench.predict import predict
+from experiments.scbench.reader import Reader
 from models import Model
 from models.common.checks import check_context
 
@@ -33,7 +35,9 @@ _FREE = ("output", "limit", "modes", "methods", "batch_size")
 Scores = dict[str, dict[Mode, list[Score]]]
 
 
-def reader_of(config: Conversing, method: Method, attentions: Attentions, model: Model) -> Reader:
+def reader_of(
+    config: Conversing, method: Method, attentions: Attentions, model: Model, programs: Programs
+) -> Reader:
     """Returns what reads conversations by a method."""
     return Reader(
         model=model,
@@ -41,6 +45,7 @@ def reader_of(config: Conversing, method: Method, attentions: Attentions, model:
         compression=method.compression(model.config.num_layers),
         chat=config.chat,
         chunk_size=config.model.chunk_size,
+        programs=programs,
     )
 
 
@@ -86,10 +91,11 @@ def converse(
     conversations = [samples[at : at + size] for at in range(0, len(samples), size)]
     turns = [turn for _, *asked in conversations for turn in asked]
     scores: Scores = {}
+    programs = Programs()
     for method in methods:
         calibrations = attentions.calibrations(method, (one.length for one in turns), asks=True)
         about = claim_calibrations(folders[method.label], calibrations)
-        reader = reader_of(config, method, attentions, model)
+        reader = reader_of(config, method, attentions, model, programs)
         found: dict[Mode, list[Score]] = {}
         for mode in config.modes:
             place = folders[method.label] / mode

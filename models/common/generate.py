@@ -1,13 +1,12 @@
 """Generation: prefill with any attention, then a compiled decode loop, greedy or sampled."""
 
-import dataclasses
 import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from minference_jax.kv_cache import KVCompression
 from minference_jax.types import AttentionFn
@@ -22,31 +21,8 @@ from models.common.checks import (
 )
 from models.common.config import DecoderConfig
 from models.common.passes import Observe, run_decode_step, run_prefill
+from models.common.sampling import Sampling, choice_of, choose_tokens
 from models.common.stack import Params
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How the next token is chosen; the defaults are greedy.
-
-    Attributes:
-        temperature: divides the logits; 0 takes the most likely token and ignores the rest.
-        top_k: samples among the k most likely tokens only.
-        top_p: samples among the smallest set of most likely tokens whose probability reaches p.
-    """
-
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
-
-    def __post_init__(self) -> None:
-        """Raises ValueError when a value is out of its range."""
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"`temperature` must be 0 or positive, got {self.temperature}")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"`top_k` must be at least 1, got {self.top_k}")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"`top_p` must be above 0 and at most 1, got {self.top_p}")
 
 
 class GeneratedTokens(NamedTuple):
@@ -62,14 +38,6 @@ class GeneratedTokens(NamedTuple):
     tokens: Int[Array, "batch max_new"]
     lengths: Int[Array, " batch"]
     observed: Any = None
-
-
-class _Filter(NamedTuple):
-    """A sampling's numbers as arrays, so that other values run the same program."""
-
-    temperature: Float[Array, ""]
-    top_k: Int[Array, ""]
-    top_p: Float[Array, ""]
 
 
 def generate(
@@ -126,8 +94,8 @@ def generate(
     elif is_concrete(lengths):
         longest = int(np.max(np.asarray(lengths)))
     check_context(longest + max_new_tokens, config)
-    greedy = sampling.temperature == 0
-    if not greedy and key is None:
+    choice = choice_of(sampling, config.vocab_size)
+    if not choice.greedy and key is None:
         raise ValueError("sampling with a temperature needs `key`, e.g. `jax.random.key(0)`")
     return _generate(
         params,
@@ -136,9 +104,7 @@ def generate(
         key=jax.random.key(0) if key is None else key,
         attention_fn=attention_fn,
         compression=compression,
-        numbers=_filter(sampling, config.vocab_size),
-        greedy=greedy,
-        filtered=sampling.top_k is not None or sampling.top_p is not None,
+        choice=choice,
         config=config,
         max_new_tokens=max_new_tokens,
         stop_tokens=stop_tokens,
@@ -147,16 +113,7 @@ def generate(
     )
 
 
-def choose_tokens(
-    logits: Float[Array, "batch vocab"], sampling: Sampling, key: Array
-) -> Int[Array, " batch"]:
-    """Chooses one token of each row; `key` is not read when greedy."""
-    filtered = sampling.top_k is not None or sampling.top_p is not None
-    numbers = _filter(sampling, logits.shape[-1])
-    return _choose(logits, key, numbers, greedy=sampling.temperature == 0, filtered=filtered)
-
-
-_STATIC = ("config", "max_new_tokens", "stop_tokens", "chunk_size", "observe", "greedy", "filtered")
+_STATIC = ("config", "max_new_tokens", "stop_tokens", "chunk_size", "observe")
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC)
@@ -168,9 +125,7 @@ def _generate(
     key,
     attention_fn,
     compression,
-    numbers,
-    greedy,
-    filtered,
+    choice,
     config,
     max_new_tokens,
     stop_tokens,
@@ -190,8 +145,8 @@ def _generate(
         compression=compression,
     )
     found, _ = _decode(
-        params, logits, cache, max_new_tokens, key, numbers, greedy=greedy, filtered=filtered,
-        config=config, max_new_tokens=max_new_tokens, stop_tokens=stop_tokens,
+        params, logits, cache, max_new_tokens, key, choice, config=config,
+        max_new_tokens=max_new_tokens, stop_tokens=stop_tokens,
     )  # fmt: skip
     return found._replace(observed=observed)
 
@@ -221,34 +176,21 @@ def decode_greedily(
     Returns:
         The new tokens, and the cache; rows that stopped early hold keys of no meaning at its end.
     """
-    numbers = _filter(Sampling(), config.vocab_size)
+    choice = choice_of(Sampling(), config.vocab_size)
     return _decode(
-        params, logits, cache, limit, jax.random.key(0), numbers, greedy=True, filtered=False,
-        config=config, max_new_tokens=max_new_tokens, stop_tokens=stop_tokens,
+        params, logits, cache, limit, jax.random.key(0), choice, config=config,
+        max_new_tokens=max_new_tokens, stop_tokens=stop_tokens,
     )  # fmt: skip
 
 
-def _decode(
-    params,
-    logits,
-    cache,
-    limit,
-    key,
-    numbers,
-    *,
-    greedy,
-    filtered,
-    config,
-    max_new_tokens,
-    stop_tokens,
-):
+def _decode(params, logits, cache, limit, key, choice, *, config, max_new_tokens, stop_tokens):
     """The loop over new tokens; it ends with the last row's."""
     batch = logits.shape[0]
     stops = jnp.asarray(stop_tokens, jnp.int32)
 
     def record(logits, step, finished, out, counts):
         step_key = jax.random.fold_in(key, step)
-        token = _choose(logits, step_key, numbers, greedy=greedy, filtered=filtered)
+        token = choose_tokens(logits, choice, step_key)
         finished = finished | jnp.isin(token, stops)
         out = out.at[:, step].set(jnp.where(finished, 0, token))
         return token, finished, out, counts + ~finished
@@ -271,39 +213,3 @@ def _decode(
     )
     *_, out, counts, cache = jax.lax.while_loop(unfinished, next_token, (1, *first, cache))
     return GeneratedTokens(out, counts), cache
-
-
-def _choose(
-    logits: Float[Array, "batch vocab"],
-    key: Array,
-    numbers: _Filter,
-    *,
-    greedy: bool,
-    filtered: bool,
-) -> Int[Array, " batch"]:
-    if greedy:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = logits / numbers.temperature
-    if not filtered:
-        return jax.random.categorical(key, logits).astype(jnp.int32)
-    order = jnp.argsort(logits, axis=-1, descending=True)
-    ranked = jnp.take_along_axis(logits, order, axis=-1)
-    place = jax.random.categorical(key, jnp.where(_kept(ranked, numbers), ranked, -jnp.inf))
-    return jnp.take_along_axis(order, place[:, None], axis=-1)[:, 0].astype(jnp.int32)
-
-
-def _kept(ranked: Float[Array, "batch vocab"], numbers: _Filter) -> Bool[Array, "batch vocab"]:
-    """Which of the descending logits may be sampled: top-k first, top-p of what is left."""
-    within_k = (jnp.arange(ranked.shape[-1]) < numbers.top_k)[None, :]
-    probability = jax.nn.softmax(jnp.where(within_k, ranked, -jnp.inf), axis=-1)
-    before = jnp.cumsum(probability, axis=-1) - probability
-    return within_k & (before < numbers.top_p)
-
-
-def _filter(sampling: Sampling, vocab_size: int) -> _Filter:
-    return _Filter(
-        temperature=jnp.asarray(sampling.temperature, jnp.float32),
-        top_k=jnp.asarray(sampling.top_k or vocab_size, jnp.int32),
-        # Rounding may bring the cumulated probability to 1 before the last token.
-        top_p=jnp.asarray(2.0 if sampling.top_p in (None, 1.0) else sampling.top_p, jnp.float32),
-    )

@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import time
+from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ from matplotlib.image import imread
 
 from experiments.common.measure import agreement, peak_memory
 from experiments.common.plotting import density_picture, mask_picture, visited_shares
+from experiments.common.programs import Programs
 from experiments.common.record import append_record, read_records
 from pallas_kernels.common.dispatch import used_implementations
 
@@ -106,3 +110,18 @@ def test_density_picture_darkens_with_density(tmp_path):
         density_picture(density + np.float32(value), title="t", path=path)
     low, high = (imread(path)[..., :3].mean() for path in paths)
     assert high < low - 0.1
+
+
+def test_programs_are_one_for_a_shape_and_none_is_ready_while_another_compiles():
+    programs, compiled = Programs(), []
+    scale = jax.jit(lambda x, factor: {"scaled": x * factor}, static_argnames="factor")
+    first = programs.add(scale.lower, jax.ShapeDtypeStruct((3,), jnp.float32), factor=2)
+    assert first.outputs == {"scaled": jax.ShapeDtypeStruct((3,), jnp.float32)}
+    assert programs.add(scale.lower, jnp.ones(3), factor=2) is first
+    slow = SimpleNamespace(out_info=(), compile=lambda: time.sleep(0.3) or compiled.append(1))
+    programs.add(lambda: slow)
+    np.testing.assert_array_equal(programs.ready(first)(jnp.full(3, 5.0))["scaled"], 10)
+    assert compiled
+    for other in ((jnp.ones(4), 2), (jnp.ones(3), 3), (jnp.ones(3, jnp.int32), 2)):
+        programs.add(scale.lower, other[0], factor=other[1])
+    assert len(programs) == 5

@@ -11,6 +11,7 @@ import pytest
 
 from experiments.common.capacities import share_capacities
 from experiments.common.methods import parse_method
+from experiments.common.programs import Programs
 from experiments.compare import measure, programs
 from experiments.compare.measure import Subject
 from experiments.compare.prompts import Reading
@@ -167,16 +168,19 @@ def unpadded(subject):
             found[fun_name] += 1
 
     methods = ("dense", SPARSE, "xattention:0.5")
-    plain = dataclasses.replace(changed(subject, length=LENGTH), answer_room=ANSWER)
+    own = Programs()
+    plain = dataclasses.replace(changed(subject, length=LENGTH), answer_room=ANSWER, programs=own)
     short = changed(plain, tokens=subject.reading.tokens[:-9], answer=[5])
     work = [(prompt, attention_of(spec)) for prompt in (plain, short) for spec in methods]
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
-        number = programs.compile_all(work)
+        programs.compile_all(work)
+        number = len(own)
         before = Counter(found)
         results = [measured_by(prompt, *methods) for prompt in (plain, short)]
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
+    assert len(own) == number
     return results[0], number, before, found
 
 

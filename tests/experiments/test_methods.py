@@ -136,7 +136,13 @@ def test_budgets_that_are_named_run_at_any_length(tmp_path):
     files = [
         f"{family}:{path}" for family in ("patterns", "shuffled") for path in (thresholds, patterns)
     ]
-    budgets = ["threshold:0.1", "hybrid:0.1,64", "a_shape:4,8", "triangle_mix:1,4,8,2"]
+    budgets = [
+        "threshold:0.1",
+        "hybrid:0.1,64",
+        "a_shape:4,8",
+        "triangle_mix:1,4,8,2",
+        "inf_llm:128",
+    ]
     for spec in (*budgets, *files, f"static:{patterns}"):
         assert attention_of(spec).break_even == 0
 

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from experiments.__main__ import main
 from experiments.common.methods import parse_method
+from experiments.common.programs import Programs
 from experiments.common.record import read_records
 from experiments.evaluation.folder import append_lines, read_lines
 from experiments.perplexity import measure
@@ -110,18 +111,24 @@ def test_command_measures_what_whole_distributions_say(tiny_model, model, tmp_pa
     assert len(files) == 2
 
 
-def test_another_kernels_dense_attention_is_read_for_itself(model, monkeypatch):
-    read, seen = measure._read, []
+class Noting(Programs):
+    """Programs that note with what attention prompts are read."""
 
-    def note(params, tokens, attention, **static):
-        seen.append(attention)
-        return read(params, tokens, attention, **static)
+    def __init__(self):
+        super().__init__()
+        self.seen = []
 
-    monkeypatch.setattr(measure, "_read", note)
+    def run(self, lower, *arguments, **static):
+        if lower == measure._read.lower:
+            self.seen.append(arguments[2])
+        return super().run(lower, *arguments, **static)
+
+
+def test_another_kernels_dense_attention_is_read_for_itself(model):
     made = {spec: parse_method(spec).attention(2, 4) for spec in ("dense", "dense:reference")}
     tokens = np.array(model.tokenizer.encode(words(40)))
-    found = dict(measure.measure(model, made, tokens))
-    assert seen == [DenseAttention(), DenseAttention(implementation="reference")]
+    found = dict(measure.measure(model, made, tokens, programs := Noting()))
+    assert programs.seen == [DenseAttention(), DenseAttention(implementation="reference")]
     assert found["dense"]["kl"] == 0
     assert found["dense:reference"]["nll"] == pytest.approx(found["dense"]["nll"], rel=1e-5)
 
@@ -133,7 +140,7 @@ def test_a_killed_run_ends_with_the_files_of_an_unbroken_one(
 ):
     written, methods = [], {"one": lambda _: 1, "two": lambda _: 2}
 
-    def fake(model, attentions, tokens):
+    def fake(model, attentions, tokens, programs):
         names = ("dense_nll", "nll", "kl", "top1", "density")
         for label, number in attentions.items():
             figures = [len(tokens) / 7 + int(tokens[0]) + at + number for at in range(5)]
@@ -152,6 +159,7 @@ def test_a_killed_run_ends_with_the_files_of_an_unbroken_one(
         paths = {label: tmp_path / name / label for label in methods}
         with monkeypatch.context() as patch:
             patch.setattr(measure, "measure", fake)
+            patch.setattr(measure, "_compile", lambda *_: None)
             patch.setattr(measure, "append_lines", lambda *x: dying(*x, at))
             return measure_all(paths, texts, [4, 9], model, methods)
 
@@ -169,13 +177,18 @@ def test_a_killed_run_ends_with_the_files_of_an_unbroken_one(
     assert len(written) == 8 - killed_after + min(killed_after, 1 if cut else 0)
 
 
-def test_dense_attention_reads_a_text_once(model, monkeypatch):
-    reads, read = [], measure._read
-    monkeypatch.setattr(measure, "_read", lambda *x, **y: reads.append(type(x[2])) or read(*x, **y))
+def test_dense_attention_reads_a_text_once_with_what_was_compiled_first(model):
     attentions = {spec: parse_method(spec).attention(2, 4) for spec in ("dense", SPARSE)}
-    found = dict(measure.measure(model, attentions, np.arange(3, 3 + LENGTH) % 60))
-    assert (list(found), reads) == (["dense", SPARSE], [DenseAttention, SparseAttention])
-    assert list(measure.measure(model, {}, np.arange(3))) == []
+    programs = Noting()
+    measure._compile(programs, model, attentions, LENGTH)
+    assert len(programs) == 3
+    found = dict(measure.measure(model, attentions, np.arange(3, 3 + LENGTH) % 60, programs))
+    assert list(found) == ["dense", SPARSE]
+    assert [type(one) for one in programs.seen] == [DenseAttention, SparseAttention]
+    assert len(programs) == 3
+    measure._compile(programs, model, {}, LENGTH + 1)
+    assert list(measure.measure(model, {}, np.arange(3), programs)) == []
+    assert len(programs) == 3
 
 
 def test_perplexity_is_over_all_predictions():

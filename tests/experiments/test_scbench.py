@@ -11,11 +11,13 @@ from matplotlib.image import imread
 
 from experiments.__main__ import main
 from experiments.common.errors import UserError
+from experiments.common.programs import Programs
 from experiments.common.record import read_records
 from experiments.evaluation.folder import read_lines, replace_lines
 from experiments.evaluation.stages import Score
 from experiments.scbench.pieces import Turn, cut
-from experiments.scbench.predict import Reader, _read_first, _read_onto, _Sizes, predict
+from experiments.scbench.predict import predict
+from experiments.scbench.reader import Reader, Sizes, read_first, read_onto
 from experiments.scbench.report import Groups, turn_table
 from experiments.scbench.samples import drafts
 from minference_jax import DenseAttention
@@ -135,13 +137,26 @@ def asked(model):
     ]
 
 
-def reader(model, compression=None):
+class Noting(Programs):
+    """Programs that note how many there are when one of them is about to run."""
+
+    def __init__(self):
+        super().__init__()
+        self.known = []
+
+    def ready(self, program):
+        self.known.append(len(self))
+        return super().ready(program)
+
+
+def reader(model, compression=None, **programs):
     return Reader(
         model=model,
         attention=lambda length: DenseAttention(),
         compression=compression,
         chat=True,
         chunk_size=None,
+        **programs,
     )
 
 
@@ -201,6 +216,15 @@ def test_a_killed_run_ends_with_the_file_of_an_unbroken_one(
     assert untimed(tmp_path) == untimed(whole / mode)
 
 
+def test_all_is_compiled_before_anything_runs(model, asked, tmp_path):
+    """Also for a task whose answers have another length."""
+    longer = [dataclasses.replace(one, max_new_tokens=4) for one in asked[1]]
+    programs = Noting()
+    own = reader(model, programs=programs)
+    predict(tmp_path, [asked[0], longer], own, mode="multi_turn", name="dense")
+    assert set(programs.known) == {4}  # first pieces, later ones, two lengths of answers
+
+
 @pytest.mark.usefixtures("as_users_see_it")
 def test_what_is_there_is_not_answered_again(whole, asked):
     for mode in MODES:
@@ -208,12 +232,12 @@ def test_what_is_there_is_not_answered_again(whole, asked):
         assert [one.name for one in found] == [turn.name for _, *turns in asked for turn in turns]
 
 
-def test_a_compression_is_of_what_is_read_first(model):
+def test_a_compression_is_of_what_isread_first(model):
     few = reader(model, StreamingKV(1, 2))
-    sizes = _Sizes(length=100, first=64, later=64, capacity=80)
-    state = _read_first(range(3, 40), few, sizes)
+    sizes = Sizes(length=100, first=64, later=64, capacity=80)
+    state = read_first(range(3, 40), few, sizes)
     assert state.cache.stored.tolist() == [[3], [3]]
-    state = _read_onto(state, range(3, 14), few, sizes)
+    state = read_onto(state, range(3, 14), few, sizes)
     assert state.cache.stored.tolist() == [[3 + 11], [3 + 11]]
     assert state.cache.lengths.tolist() == [state.tokens] == [37 + 11]
 

@@ -13,8 +13,9 @@ from minference_jax.kv_cache import DropKV, EightBitKV, PyramidKV, SnapKV, Strea
 from models.common.cache import attend_cached
 from models.common.capture import capture_qkv
 from models.common.decoder import abstract_params, decode_step, forward, prefill
-from models.common.generate import Sampling, generate
+from models.common.generate import generate
 from models.common.passes import run_prefill
+from models.common.sampling import Sampling
 from tests.helpers import masked_attention
 from tests.models.tiny import CONFIG, ScaledQueries, random_tokens, tiny_params
 

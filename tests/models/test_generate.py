@@ -11,7 +11,8 @@ import pytest
 from minference_jax import DenseAttention
 from models.common.config import LongRopeScaling
 from models.common.decoder import forward, prefill
-from models.common.generate import Sampling, _generate, choose_tokens, decode_greedily, generate
+from models.common.generate import _generate, decode_greedily, generate
+from models.common.sampling import Sampling, choice_of, choose_tokens
 from tests.models.tiny import CONFIG, ScaledQueries, random_tokens, tiny_params
 
 DENSE = DenseAttention()
@@ -134,7 +135,8 @@ LOGITS = jnp.log(jnp.array([[0.05, 0.4, 0.2, 0.05, 0.3]], jnp.float32))
 
 def draws(sampling, logits=LOGITS, count=4000):
     keys = jax.random.split(jax.random.key(0), count)
-    tokens = jax.vmap(lambda key: choose_tokens(logits, sampling, key))(keys)
+    choice = choice_of(sampling, logits.shape[-1])
+    tokens = jax.vmap(lambda key: choose_tokens(logits, choice, key))(keys)
     return np.bincount(np.asarray(tokens)[:, 0], minlength=5) / count
 
 

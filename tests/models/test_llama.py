@@ -7,7 +7,8 @@ import pytest
 
 from minference_jax import DenseAttention
 from models.common.decoder import abstract_params
-from models.common.generate import Sampling, generate
+from models.common.generate import generate
+from models.common.sampling import Sampling
 from models.llama import config as presets
 from tests.models.checkpoints import CASES
 from tests.models.goldens import golden_model

@@ -49,7 +49,7 @@ def scored(scores):
 
 def record(config, method, result, kind=None, **environment):
     kind = config.kind if kind is None else kind
-    about = {"method": method, "patterns_sha256": None}
+    about = {"method": method, "patterns_sha256": None, "model_sha256": "0"}
     made = make_record(kind=kind, argv=["minference"], config=config, result=about | result)
     made["environment"] |= {
         "git": GIT,

@@ -54,6 +54,7 @@ def test_names_are_those_that_the_commands_give(tiny_model):
     ("change", "differs"),
     [
         ({"git": "fedcba9876543210"}, "revision"),
+        ({"model_sha256": "1"}, "digest of the model"),
         ({"device": "another"}, "device"),
         ({"jax": "0.0"}, "jax"),
         ({"seed": 1}, "seed"),
@@ -66,11 +67,13 @@ def test_results_of_other_conditions_are_in_tables_of_their_own(tmp_path, change
     config = Needle(model=MODEL, lengths=(100,), depths=2, **options)
     environment = {name: change[name] for name in change if name in ("git", "device", "jax")}
     values = [1, 0] if "samples" in change else [1, 0, 0, 1]
+    other = found("b", values, config, **environment)
+    other["result"]["model_sha256"] = change.get("model_sha256", "0")
     path = write(
         tmp_path / "a.jsonl",
         found("dense", [1, 1, 0, 1]),
         found("a_shape:1,2", [1, 1, 0, 0]),
-        found("b", values, config, **environment),
+        other,
     )
     one, other = studies_of(path)
     assert list(one.methods) == ["dense", "a_shape:1,2"]
