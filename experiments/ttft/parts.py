@@ -117,11 +117,8 @@ def split(
     advance, times, pairs = jax.jit(step), [], 0.0
     of_layer = lambda tree, at: jax.tree.map(lambda leaf: leaf[at], tree)
     for at in range(min(layers, number)):
-        params = {
-            "layers": jax.tree.map(lambda leaf, at=at: leaf[at][None], subject.params["layers"])
-        }
         own = of_layer(attention, at)
-        x, (q, k, v) = advance(params, x, own)
+        x, (q, k, v) = advance(subject.params, x, own, at)
         kv = _seconds(keep, q, k, v, of_layer(cache.compression, at))
         estimate = 0.0
         if executed is not None:

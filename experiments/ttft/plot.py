@@ -64,8 +64,10 @@ def _draw(axes: Axes, rows: Rows, items: list[tuple[Point, Figures]]) -> None:
         axes.plot(x, [row["seconds"] for _, row in points], label=method, lw=1.2, **style)
         for point, row in points:
             if point.extrapolated:
-                hollow = {**style, "markerfacecolor": "white"}
-                axes.plot([point.length], [row["seconds"]], **hollow, linestyle="")
+                axes.plot(
+                    [point.length], [row["seconds"]], linestyle="", color=style["color"],
+                    marker=style["marker"], markersize=4, markerfacecolor="white",
+                )  # fmt: skip
             if (ratio := speed_up(rows, point)) is not None:
                 axes.annotate(
                     f"{ratio:.2g}x", (point.length, row["seconds"]), (3, -10), fontsize=7,

@@ -56,7 +56,7 @@ class Prescribed:
         found = self.estimator(q, k, lengths=lengths, q_offset=q_offset, layout=layout)
         kv_len, capacity = k.shape[1], layout.capacity(k.shape[1])
         tile = jnp.arange(found.count.shape[2], dtype=jnp.int32)
-        visible = cdiv(jnp.minimum((tile + 1) * layout.block_q, kv_len), layout.block_kv)
+        visible = -(-jnp.minimum((tile + 1) * layout.block_q, kv_len) // layout.block_kv)
         own = cdiv(layout.block_q, layout.block_kv)
         wanted = jnp.clip(self.counts, jnp.minimum(own, visible), visible)[None]
         # What was estimated takes part, with nothing, so that the compiler cannot drop it.

@@ -141,7 +141,7 @@ def measure(
         "program_bytes": needed,
         "peak_bytes": peak if peak > before else None,
     }
-    return figures, jax.tree.map(np.asarray, executed)
+    return figures, executed
 
 
 def time_runs(run: Callable[[], Any], repeats: int) -> tuple[list[float], bool]:
@@ -161,9 +161,9 @@ def time_runs(run: Callable[[], Any], repeats: int) -> tuple[list[float], bool]:
 
 def counts_of(executed: Executed, length: int) -> np.ndarray:
     """Key tiles of every query tile of a whole prompt [layers, heads, tiles]."""
-    block_q = int(executed.block_q.flat[0])
+    block_q, _ = _blocks(executed)
     # [layers, (chunks,) batch, heads, tiles]
-    counts = executed.count[..., 0, :, :]
+    counts = np.asarray(executed.count)[..., 0, :, :]
     if counts.ndim == 4:
         counts = np.moveaxis(counts, 1, 2).reshape(counts.shape[0], counts.shape[2], -1)
     return counts[:, :, : -(-length // block_q)]
@@ -176,7 +176,9 @@ def executed_pairs(executed: Executed, length: int) -> np.ndarray:
     """
     block_q, block_kv = _blocks(executed)
     counts, dense = counts_of(executed, length), _dense_counts(executed, length)
-    columns = executed.columns.reshape(counts.shape[0], -1, counts.shape[1])[:, -1, :, None]
+    columns = np.asarray(executed.columns).reshape(counts.shape[0], -1, counts.shape[1])[
+        :, -1, :, None
+    ]
     columns = np.where(counts < dense, columns * (dense / dense[-1]), 0)
     return block_q * (counts * block_kv + columns).sum(axis=(1, 2), dtype=np.float64)
 
@@ -189,7 +191,7 @@ def executed_share(executed: Executed, length: int) -> float:
 
 
 def _blocks(executed: Executed) -> tuple[int, int]:
-    return int(executed.block_q.flat[0]), int(executed.block_kv.flat[0])
+    return int(np.max(executed.block_q)), int(np.max(executed.block_kv))
 
 
 def _dense_counts(executed: Executed, length: int) -> np.ndarray:
