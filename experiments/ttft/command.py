@@ -10,6 +10,7 @@ from rich.console import Console
 
 import minference_jax as mj
 from experiments.common.errors import UserError, check_writable, reported_as_user_error
+from experiments.common.measure import stage
 from experiments.common.methods import Method, for_model, usage
 from experiments.common.options import (
     LoadOptions,
@@ -28,6 +29,8 @@ from experiments.ttft.prescribed import Densities
 from experiments.ttft.rows import KIND, Figures, Point, Rows, read_rows
 from experiments.ttft.subject import Subject, first_layers, of_model, of_shape, shortened
 from experiments.ttft.table import line, markdown
+from experiments.ttft.whole import Case
+from pallas_kernels.common.timing import Programs
 
 _DENSE = ("dense", "cudnn")
 
@@ -162,18 +165,32 @@ class Ttft:
         cases = [(length, method) for length in sorted(set(self.lengths)) for method in methods]
         # What cannot run is told before anything has.
         ready = [self._prepare(subject, length, method) for length, method in cases]
+        wanted = [(point, case) for point, case in ready if point not in rows.figures]
+        if len(wanted) < len(ready):
+            progress.print(f"{len(ready) - len(wanted)} rows are in {self.record} already")
+        programs = Programs()
+        for point, case in wanted:
+            whole.add(programs, case)
+            if self._splits(point):
+                parts.add_shared(programs, subject, point.length)
+                parts.add_split(programs, case)
+            elif point.extrapolated:
+                parts.add_shared(programs, subject, point.length)
+        with stage(progress, f"compiling {len(wanted)} prefills and their parts side by side"):
+            programs.compile()
         shared: dict[int, parts.Shared] = {}
-        for (length, method), (point, attention) in zip(cases, ready, strict=True):
-            if point in rows.figures:
-                progress.print(f"{method.label}, {length:,} tokens: in the record already")
-                continue
-            figures = self._row(subject, point, attention, shared, progress)
+        for point, case in wanted:
+            figures = self._row(programs, subject, point, case, shared, progress)
             console.print(line(point, figures), highlight=False, soft_wrap=True)
             if self.record is not None:
                 append_record(self.record, kind=KIND, argv=sys.argv, config=point, result=figures)
 
-    def _prepare(self, subject: Subject, length: int, method: Method) -> tuple[Point, Any]:
-        """A row's name, and its attention of the layers that will run."""
+    def _splits(self, point: Point) -> bool:
+        """Whether a row's parts are timed."""
+        return self.part_layers > 0 and self.chunk_size is None and not point.extrapolated
+
+    def _prepare(self, subject: Subject, length: int, method: Method) -> tuple[Point, Case]:
+        """A row's name, and what runs for it."""
         config = subject.config
         attention = method.attention(config.num_layers, config.num_heads)
         source = None
@@ -199,39 +216,41 @@ class Ttft:
             chunk_size=self.chunk_size, dtype=str(subject.params["embed"]["embedding"].dtype),
             layers=config.num_layers, timed_layers=layers,
         )  # fmt: skip
-        return point, first_layers(attention, layers)
+        attention, timed = first_layers(attention, layers), shortened(subject, layers)
+        cache = whole.choose_cache(self.kv_cache, timed, attention, length, self.chunk_size)
+        case = Case(
+            name=f"{method.label}, {length:,} tokens", subject=timed, length=length,
+            attention=attention, cache=cache, chunk_size=self.chunk_size,
+        )  # fmt: skip
+        return point, case
 
     def _row(
-        self, subject: Subject, point: Point, attention: Any, shared: dict[int, parts.Shared],
-        progress: Console,
+        self, programs: Programs, subject: Subject, point: Point, case: Case,
+        shared: dict[int, parts.Shared], progress: Console,
     ) -> Figures:  # fmt: skip
         """Measures one row."""
-        length, name = point.length, f"{point.method}, {point.length:,} tokens"
-        timed = shortened(subject, point.timed_layers)
-        cache = whole.choose_cache(self.kv_cache, timed, attention, length, self.chunk_size)
-        tokens = subject.tokens(length)
+        length, tokens = point.length, subject.tokens(point.length)
         figures, executed = whole.measure(
-            timed, tokens, attention, cache, chunk_size=self.chunk_size, repeats=self.repeats,
-            name=name, console=progress,
-        )  # fmt: skip
+            programs, case, tokens, repeats=self.repeats, console=progress
+        )
         if executed is not None:
             figures["executed_share"] = whole.executed_share(executed, length)
-            self._keep_densities(subject, point, attention, executed)
-        needs_shared = self.part_layers or point.extrapolated
-        if needs_shared and (self.chunk_size is None or point.extrapolated):
+            self._keep_densities(subject, point, case.attention, executed)
+        splits = self._splits(point)
+        if splits or point.extrapolated:
             if length not in shared:
-                shared[length] = parts.measure_shared(subject, tokens)
+                shared[length] = parts.measure_shared(programs, subject, tokens)
             figures |= parts.linear_figures(subject, shared[length], length)
-        if point.extrapolated:
+        if splits:
+            figures |= parts.split(
+                programs, case, tokens, figures["seconds"], executed, shared[length],
+                layers=self.part_layers,
+            )  # fmt: skip
+        elif point.extrapolated:
             figures["seconds"] = parts.extrapolate(
                 figures["seconds"], shared[length], timed=point.timed_layers, layers=point.layers
             )
             figures |= parts.by_difference(figures["seconds"], subject, shared[length])
-        elif self.part_layers and self.chunk_size is None:
-            figures |= parts.split(
-                figures["seconds"], subject, tokens, attention, cache, executed, shared[length],
-                layers=self.part_layers,
-            )  # fmt: skip
         done = flops.prompt_flops(subject.config, length)
         peak = self.peak_tflops * 1e12 if self.peak_tflops else flops.device_peak()
         figures |= {f"{kind}_flops": number for kind, number in done.items()}

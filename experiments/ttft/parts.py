@@ -13,6 +13,7 @@ kernels of all layers executed in the whole prefill. What is left of the whole's
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -24,12 +25,13 @@ from jaxtyping import Array
 from experiments.ttft import flops
 from experiments.ttft.attention import Executed, mix
 from experiments.ttft.rows import Figures
-from experiments.ttft.subject import Subject, first_layers
-from experiments.ttft.whole import Cache, executed_pairs
+from experiments.ttft.subject import Subject
+from experiments.ttft.whole import Case, executed_pairs
+from models.common.config import DecoderConfig
 from models.common.layers import TOKENS_PER_CHUNK
 from models.common.passes import run_embedding, run_logits
 from models.common.stack import run_layer
-from pallas_kernels.common.timing import time_calls
+from pallas_kernels.common.timing import Programs, time_calls
 
 PARTS = ("ends", "linear", "kv", "index", "attention", "other")
 
@@ -49,38 +51,50 @@ class Shared:
     plain: float
 
 
-def measure_shared(subject: Subject, tokens: Array) -> Shared:
+def add_shared(programs: Programs, subject: Subject, length: int) -> None:
+    """Adds what `measure_shared` runs, and what leads from a layer to the next."""
+    own = _Layer(subject.config, length)
+    tokens, x, qkv = own.shapes(subject)
+    programs.add("ends", own.ends, _ends(subject), tokens)
+    programs.add("embed", own.embed, _ends(subject), tokens)
+    first = _layer(subject, 0)
+    programs.add("plain", flops.plain_matmuls, first, own.rows(x))
+    programs.add("linear", own.linear, first, x)
+    programs.add("project", own.project, first, x)
+    programs.add("finish", own.finish, first, x, qkv[0])
+
+
+def measure_shared(programs: Programs, subject: Subject, tokens: Array) -> Shared:
     """Times what all methods share."""
-    config, length = subject.config, tokens.shape[1]
-
-    def ends(params, tokens):
-        x = run_embedding(params, tokens, config=config)
-        return x, run_logits(params, x[:, -1], config=config)
-
-    def linear(params, x):
-        attend = lambda q, k, v: (mix(q, k, v), None)
-        return run_layer(params, 0, x, _rope_length(length), config=config, attend=attend)[0]
-
-    in_params = {name: leaf for name, leaf in subject.params.items() if name != "layers"}
-    ends_seconds = _seconds(ends, in_params, tokens)
-    x = jax.jit(run_embedding, static_argnames="config")(in_params, tokens, config=config)
-    rows = x[0, :TOKENS_PER_CHUNK]
-    layer = first_layers(subject.params["layers"], 1)
-    plain = _seconds(flops.plain_matmuls, jax.tree.map(lambda leaf: leaf[0], layer), rows)
-    params = {**in_params, "layers": layer}
+    length, ends = tokens.shape[1], _ends(subject)
+    own = _Layer(subject.config, length)
+    seconds = lambda name, *arguments: _median(programs.get(name, *arguments), *arguments)
+    x = programs.get("embed", ends, tokens)(ends, tokens)
+    first, rows = _layer(subject, 0), own.rows(x)
     return Shared(
-        ends=ends_seconds,
-        linear=_seconds(linear, params, x),
-        plain=plain * length / rows.shape[0],
+        ends=seconds("ends", ends, tokens),
+        linear=seconds("linear", first, x),
+        plain=seconds("plain", first, rows) * length / rows.shape[0],
     )
 
 
+def add_split(programs: Programs, case: Case) -> None:
+    """Adds what `split` runs."""
+    own = _Layer(case.subject.config, case.length)
+    qkv = own.shapes(case.subject)[2]
+    attention, compression = _of_layer((case.attention, case.cache.compression), 0)
+    programs.add(f"attend {case.name}", _attend, attention, *qkv)
+    if hasattr(attention, "attend"):
+        programs.add(f"index {case.name}", _index, attention, *qkv)
+    keep = functools.partial(_keep, capacity=case.cache.capacity)
+    programs.add(f"keep {case.cache.label}", keep, compression, *qkv)
+
+
 def split(
-    whole: float,
-    subject: Subject,
+    programs: Programs,
+    case: Case,
     tokens: Array,
-    attention: Any,
-    cache: Cache,
+    whole: float,
     executed: Executed | None,
     shared: Shared,
     *,
@@ -89,53 +103,44 @@ def split(
     """Times the parts of a method, and returns the seconds of each in `whole`.
 
     Args:
+        programs: hold what `add_shared` and `add_split` added.
+        case: a prompt that is read whole, by all layers.
+        tokens: the prompt.
         whole: seconds of the whole prefill.
-        subject: the model.
-        tokens: a prompt that is read whole.
-        attention: of all layers.
-        cache: what is kept.
         executed: by the whole prefill, None of attention without an index.
         shared: of this length.
         layers: the first ones, that are timed.
     """
-    config, length = subject.config, tokens.shape[1]
-    number = config.num_layers
-
-    def step(params, x, attention, at):
-        def attend(q, k, v):
-            return attention(q, k, v), (q, k, v)
-
-        return run_layer(params, at, x, _rope_length(length), config=config, attend=attend)
-
-    def keep(q, k, v, compression):
-        kept = (k, v) if compression is None else compression(q, k, v)[:2]
-        room = lambda x: ((0, 0), (0, cache.capacity - x.shape[1]), (0, 0), (0, 0))
-        return [jnp.pad(x, room(x)) for x in kept]
-
-    lists = lambda attention, q, k, v: attention.attend(q, k, v)[1]
-    x = jax.jit(run_embedding, static_argnames="config")(subject.params, tokens, config=config)
-    advance, times, pairs = jax.jit(step), [], 0.0
-    of_layer = lambda tree, at: jax.tree.map(lambda leaf: leaf[at], tree)
+    call = lambda name, *arguments: programs.get(name, *arguments)(*arguments)
+    seconds = lambda name, *arguments: _median(programs.get(name, *arguments), *arguments)
+    number, times, pairs = case.subject.config.num_layers, [], 0.0
+    x = call("embed", _ends(case.subject), tokens)
     for at in range(min(layers, number)):
-        own = of_layer(attention, at)
-        x, (q, k, v) = advance(subject.params, x, own, at)
-        kv = _seconds(keep, q, k, v, of_layer(cache.compression, at))
+        params = _layer(case.subject, at)
+        attention, compression = _of_layer((case.attention, case.cache.compression), at)
+        qkv = call("project", params, x)
+        kv = seconds(f"keep {case.cache.label}", compression, *qkv)
         estimate = 0.0
         if executed is not None:
-            estimate, found = _timed(lists, own, q, k, v)
-            pairs += float(executed_pairs(_with_layers(Executed.of(found)), length)[0])
-        attend = _seconds(lambda own, q, k, v: own(q, k, v), own, q, k, v)
-        times.append((kv, estimate, attend))
-        del q, k, v
+            estimate = seconds(f"index {case.name}", attention, *qkv)
+            index = call(f"index {case.name}", attention, *qkv)
+            found = jax.tree.map(lambda leaf: leaf[None], Executed.of(index))
+            pairs += float(executed_pairs(found, case.length)[0])
+            del index
+        times.append((kv, estimate, seconds(f"attend {case.name}", attention, *qkv)))
+        if at + 1 < layers:
+            x = call("finish", params, x, call(f"attend {case.name}", attention, *qkv))
+        del qkv
     kv, estimate, attend = np.mean(times, axis=0)
-    kernel = max(attend - estimate, 0.0) * len(times)
-    scale = number / len(times) if executed is None else _total(executed, length) / pairs
+    scale = float(number)
+    if executed is not None:
+        scale = len(times) * float(executed_pairs(executed, case.length).sum()) / pairs
     parts = {
         "ends": shared.ends,
         "linear": shared.linear * number,
         "kv": float(kv) * number,
         "index": float(estimate) * number,
-        "attention": float(kernel * scale),
+        "attention": max(float(attend - estimate), 0.0) * scale,
     }
     return {"parts": parts | {"other": whole - sum(parts.values())}, "part_layers": len(times)}
 
@@ -161,25 +166,73 @@ def extrapolate(seconds: float, shared: Shared, *, timed: int, layers: int) -> f
     return shared.ends + (seconds - shared.ends) * layers / timed
 
 
-def _total(executed: Executed, length: int) -> float:
-    return float(executed_pairs(executed, length).sum())
+@dataclasses.dataclass(frozen=True)
+class _Layer:
+    """The programs of a model and a length that no attention takes part in."""
+
+    config: DecoderConfig
+    length: int
+
+    def shapes(self, subject: Subject) -> tuple[Any, Any, Any]:
+        """Shapes of the tokens, the residual stream, and a layer's queries, keys and values."""
+        tokens = jax.ShapeDtypeStruct((1, self.length), jnp.int32)
+        x = jax.eval_shape(self.embed, _ends(subject), tokens)
+        return tokens, x, jax.eval_shape(self.project, _layer(subject, 0), x)
+
+    def rows(self, x: Any) -> Any:
+        """Rows of the stream that a layer computes at once, or their shape."""
+        take = lambda x: x[0, :TOKENS_PER_CHUNK]
+        return jax.eval_shape(take, x) if isinstance(x, jax.ShapeDtypeStruct) else take(x)
+
+    def embed(self, params: Any, tokens: Array) -> Array:
+        return run_embedding(params, tokens, config=self.config)
+
+    def ends(self, params: Any, tokens: Array) -> tuple[Array, Array]:
+        x = self.embed(params, tokens)
+        return x, run_logits(params, x[:, -1], config=self.config)
+
+    def linear(self, layer: Any, x: Array) -> Array:
+        return self._run(layer, x, lambda *qkv: (mix(*qkv), None))[0]
+
+    def project(self, layer: Any, x: Array) -> tuple[Array, Array, Array]:
+        return self._run(layer, x, lambda *qkv: (qkv[0], qkv))[1]
+
+    def finish(self, layer: Any, x: Array, out: Array) -> Array:
+        return self._run(layer, x, lambda *qkv: (out, None))[0]
+
+    def _run(self, layer: Any, x: Array, attend: Callable[..., Any]) -> Any:
+        # The compiler drops what a program does not return.
+        params = {"layers": jax.tree.map(lambda leaf: leaf[None], layer)}
+        rope_length = jnp.full((1,), self.length, jnp.int32)
+        return run_layer(params, 0, x, rope_length, config=self.config, attend=attend)
 
 
-def _rope_length(length: int) -> Array:
-    return jnp.full((1,), length, jnp.int32)
+def _attend(attention: Any, q: Array, k: Array, v: Array) -> Array:
+    return attention(q, k, v)
 
 
-def _timed(call: Callable[..., Any], *arguments: Any) -> tuple[float, Any]:
-    """Seconds of a call, compilation apart, and what it returns."""
-    compiled = jax.jit(call).lower(*arguments).compile()
-    seconds = float(np.median(time_calls(compiled, *arguments)))
-    return seconds, compiled(*arguments)
+def _index(attention: Any, q: Array, k: Array, v: Array) -> Any:
+    # The compiler drops the attention, whose output is not used.
+    return attention.attend(q, k, v)[1]
 
 
-def _seconds(call: Callable[..., Any], *arguments: Any) -> float:
-    compiled = jax.jit(call).lower(*arguments).compile()
-    return float(np.median(time_calls(compiled, *arguments)))
+def _keep(compression: Any, q: Array, k: Array, v: Array, *, capacity: int) -> list[Array]:
+    kept = (k, v) if compression is None else compression(q, k, v)[:2]
+    room = lambda x: ((0, 0), (0, capacity - x.shape[1]), (0, 0), (0, 0))
+    return [jnp.pad(x, room(x)) for x in kept]
 
 
-def _with_layers(executed: Executed) -> Executed:
-    return jax.tree.map(lambda leaf: np.asarray(leaf)[None], executed)
+def _of_layer(tree: Any, at: int) -> Any:
+    return jax.tree.map(lambda leaf: leaf[at], tree)
+
+
+def _layer(subject: Subject, at: int) -> Any:
+    return _of_layer(subject.params["layers"], at)
+
+
+def _ends(subject: Subject) -> Any:
+    return {name: leaf for name, leaf in subject.params.items() if name != "layers"}
+
+
+def _median(call: Callable[..., Any], *arguments: Any) -> float:
+    return float(np.median(time_calls(call, *arguments)))

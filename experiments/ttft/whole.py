@@ -22,6 +22,7 @@ from minference_jax.kv_cache import KVCompression
 from models.common.cache import kept_tokens
 from models.common.decoder import prefill
 from models.common.memory import PrefillMemory, compiled_bytes, device_memory, estimate_prefill
+from pallas_kernels.common.timing import Programs
 
 # Room in the cache for an answer.
 _NEW_TOKENS = 128
@@ -81,16 +82,54 @@ def compression_of(label: str, num_layers: int) -> KVCompression | None:
     return options.build(num_layers=num_layers)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Case:
+    """A prefill to be timed.
+
+    Attributes:
+        name: what to call it while it runs.
+        subject: the model, perhaps with its first layers only.
+        length: tokens of the prompt.
+        attention: of all these layers.
+        cache: what is kept.
+        chunk_size: tokens read at once, all if None.
+    """
+
+    name: str
+    subject: Subject
+    length: int
+    attention: Any
+    cache: Cache
+    chunk_size: int | None
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """Of the program: parameters, shape of the tokens, attention, compression."""
+        tokens = jax.ShapeDtypeStruct((1, self.length), jnp.int32)
+        return self.subject.params, tokens, self.attention, self.cache.compression
+
+    def read(self, params: Any, tokens: Array, attention: Any, compression: Any) -> Any:
+        """The prefill: logits, cache, what was executed."""
+        return prefill(
+            params,
+            tokens,
+            config=self.subject.config,
+            attention_fn=attention,
+            capacity=self.cache.capacity,
+            rope_length=jnp.full((1,), self.length + _NEW_TOKENS, jnp.int32),
+            chunk_size=self.chunk_size,
+            observe=observe_executed,
+            compression=compression,
+        )
+
+
+def add(programs: Programs, case: Case) -> None:
+    """Adds what `measure` runs."""
+    programs.add(f"prefill {case.name}", case.read, *case.arguments)
+
+
 def measure(
-    subject: Subject,
-    tokens: Array,
-    attention: Any,
-    cache: Cache,
-    *,
-    chunk_size: int | None,
-    repeats: int,
-    name: str,
-    console: Console,
+    programs: Programs, case: Case, tokens: Array, *, repeats: int, console: Console
 ) -> tuple[Figures, Executed | None]:
     """Times a prefill, and returns what its attention executed, `[layers, ...]`.
 
@@ -98,23 +137,9 @@ def measure(
     `warm` is false. `peak_bytes` is what the device says, None unless this program raised it: it is
     never reset, so that smaller programs after larger ones do not show.
     """
-
-    def read(params: Any, tokens: Array, attention: Any, compression: Any) -> Any:
-        return prefill(
-            params,
-            tokens,
-            config=subject.config,
-            attention_fn=attention,
-            capacity=cache.capacity,
-            rope_length=jnp.full((1,), tokens.shape[1] + _NEW_TOKENS, jnp.int32),
-            chunk_size=chunk_size,
-            observe=observe_executed,
-            compression=compression,
-        )
-
-    arguments = (subject.params, tokens, attention, cache.compression)
-    with stage(console, f"{name}: compiling") as compiling:
-        compiled = jax.jit(read).lower(*arguments).compile()
+    program = f"prefill {case.name}"
+    compiled = programs.get(program, *case.arguments)
+    params, _, *rest = case.arguments
     needed = compiled_bytes(compiled)
     check_room(needed, device_memory())
     before = peak_memory()
@@ -122,22 +147,22 @@ def measure(
 
     def run() -> None:
         found.clear()  # the caches of two runs need not exist at once
-        found.append(jax.block_until_ready(compiled(*arguments)))
+        found.append(jax.block_until_ready(compiled(params, tokens, *rest)))
 
-    with stage(console, f"{name}: reading"):
+    with stage(console, f"{case.name}: reading"):
         runs, warm = time_runs(run, repeats)
     [(logits, kept, executed)] = found
     if not bool(jnp.all(jnp.isfinite(logits))):
-        raise UserError(f"{name}: logits that are no numbers; are the weights right?")
+        raise UserError(f"{case.name}: logits that are no numbers; are the weights right?")
     peak = peak_memory()
     figures = {
         "seconds": float(np.median(runs)),
         "runs": runs,
         "warm": warm,
-        "compile_seconds": compiling.seconds,
-        "kv_cache": cache.label,
+        "compile_seconds": programs.seconds_to_compile(program, *case.arguments),
+        "kv_cache": case.cache.label,
         "cache_bytes": kept.keys.nbytes + kept.values.nbytes,
-        "estimate_bytes": cache.memory.peak,
+        "estimate_bytes": case.cache.memory.peak,
         "program_bytes": needed,
         "peak_bytes": peak if peak > before else None,
     }
