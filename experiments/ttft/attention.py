@@ -1,7 +1,7 @@
 """Attention callables of this experiment: cuDNN's dense one, and one that costs nothing."""
 
 import dataclasses
-from typing import NamedTuple, Self, no_type_check
+from typing import NamedTuple, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -63,11 +63,11 @@ class Executed(NamedTuple):
     block_q: Int[Array, "*layers"]
     block_kv: Int[Array, "*layers"]
 
-    @classmethod
-    def of(cls, index: BlockSparseIndex) -> Self:
-        """What an index of one layer makes a kernel compute."""
-        sizes = jnp.int32(index.block_q), jnp.int32(index.block_kv)
-        return cls(index.count, index.column_count, *sizes)
+
+def executed_of(index: BlockSparseIndex) -> Executed:
+    """What an index of one layer makes a kernel compute."""
+    sizes = jnp.int32(index.block_q), jnp.int32(index.block_kv)
+    return Executed(index.count, index.column_count, *sizes)
 
 
 def observe_executed(attention, q, k, v, **where):
@@ -76,7 +76,7 @@ def observe_executed(attention, q, k, v, **where):
     if attend is None:
         return attention(q, k, v, **where), None
     out, index = attend(q, k, v, **where)
-    return out, Executed.of(index)
+    return out, executed_of(index)
 
 
 def read_methods(specs: tuple[str, ...], *, chunked: bool) -> list[Method]:

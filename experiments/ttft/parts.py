@@ -23,7 +23,7 @@ import numpy as np
 from jaxtyping import Array
 
 from experiments.ttft import flops
-from experiments.ttft.attention import Executed, mix
+from experiments.ttft.attention import Executed, executed_of, mix
 from experiments.ttft.rows import Figures
 from experiments.ttft.subject import Subject
 from experiments.ttft.whole import Case, executed_pairs
@@ -124,7 +124,7 @@ def split(
         if executed is not None:
             estimate = seconds(f"index {case.name}", attention, *qkv)
             index = call(f"index {case.name}", attention, *qkv)
-            found = jax.tree.map(lambda leaf: leaf[None], Executed.of(index))
+            found = jax.tree.map(lambda leaf: leaf[None], executed_of(index))
             pairs += float(executed_pairs(found, case.length)[0])
             del index
         times.append((kv, estimate, seconds(f"attend {case.name}", attention, *qkv)))

@@ -56,21 +56,23 @@ class Prescribed:
         found = self.estimator(q, k, lengths=lengths, q_offset=q_offset, layout=layout)
         kv_len, capacity = k.shape[1], layout.capacity(k.shape[1])
         tile = jnp.arange(found.count.shape[2], dtype=jnp.int32)
-        visible = -(-jnp.minimum((tile + 1) * layout.block_q, kv_len) // layout.block_kv)
+        ends = jnp.minimum((tile + 1) * layout.block_q, kv_len)
+        visible = -(-ends // layout.block_kv)[None, None]
         own = cdiv(layout.block_q, layout.block_kv)
-        wanted = jnp.clip(self.counts, jnp.minimum(own, visible), visible)[None]
+        wanted = jnp.clip(self.counts[None], jnp.minimum(own, visible), visible)
         # What was estimated takes part, with nothing, so that the compiler cannot drop it.
         wanted += jnp.minimum(found.count, 0)
         slot = jnp.arange(capacity, dtype=jnp.int32)
-        past = slot * visible[None, None, :, None] // jnp.maximum(wanted, 1)[..., None]
-        start = (visible[None, None, :, None] - 1 - past) * layout.block_kv
+        slot, most = slot[None, None, None], visible[..., None]
+        past = slot * most // jnp.maximum(wanted, 1)[..., None]
+        start = (most - 1 - past) * layout.block_kv
         estimated = found.entries[:, :, : tile.size * capacity].reshape(start.shape)
         start += jnp.minimum(estimated - NO_TILE, 0)
         entries = jnp.where(slot < wanted[..., None], start, NO_TILE)
         index = dataclasses.replace(
             found,
             entries=entries.reshape(*wanted.shape[:2], -1),
-            begin=jnp.broadcast_to(tile * capacity, wanted.shape),
+            begin=jnp.broadcast_to((tile * capacity)[None, None], wanted.shape),
             count=wanted,
             origin=jnp.zeros_like(wanted),
         )

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Array, Int
 from rich.console import Console
 
-from experiments.common.errors import reported_as_user_error
+from experiments.common.errors import UserError
 from experiments.common.measure import stage
 from experiments.common.options import LoadOptions
 from experiments.common.prompts import CHAPTER, packaged_chapter, read_book
@@ -78,8 +78,15 @@ def of_model(
     """
     books = [read_book(path) for path in texts] if texts else [packaged_chapter()]
     model = load(options, console)
-    with reported_as_user_error(ValueError):
+    context = model.config.max_position
+    try:
         check_context(longest, model.config)
+    except ValueError:
+        raise UserError(
+            f"{longest} tokens do not fit the model's context of {context}; name shorter "
+            f"--lengths, or extend it with --rope-scaling, for example "
+            f"yarn:{-(-longest // context)}"
+        ) from None
     with stage(console, "tokens of the text"):
         ids: list[int] = []
         for number, book in enumerate(books):
