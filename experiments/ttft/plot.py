@@ -1,5 +1,6 @@
 """Pictures of a record of times to first token."""
 
+import textwrap
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -47,11 +48,9 @@ def parts_picture(rows: Rows, path: Path) -> Path | None:
     axes.set_xticks(range(len(found)), labels, rotation=90, fontsize=7)
     axes.set(ylabel="share of the time to first token")
     models = " and ".join(dict.fromkeys(point.model for point, _ in found))
-    axes.set_title(
-        f"{models}, {rows.environment['device']}: parts timed apart, above the bars seconds"
-        "\n(*: extrapolated from some layers)",
-        fontsize=9,
-    )
+    title = f"{models}, {rows.environment['device']}: parts timed apart, above the bars seconds"
+    stars = "; *: extrapolated" if any(point.extrapolated for point, _ in found) else ""
+    axes.set_title(textwrap.fill(title + stars, 80), fontsize=9)
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0), reverse=True)
     return save(figure, path)
 
@@ -89,5 +88,5 @@ def _draw(axes: Axes, rows: Rows, items: list[tuple[Point, Figures]]) -> None:
         notes.append("visited blocks prescribed")
     if any(point.extrapolated for point, _ in items):
         notes.append("hollow: extrapolated")
-    axes.set_title(f"{first.model}: {', '.join(notes)}", fontsize=9)
+    axes.set_title(textwrap.fill(f"{first.model}: {', '.join(notes)}", 60), fontsize=9)
     axes.legend(frameon=False, fontsize=7)
