@@ -85,7 +85,7 @@ class Ttft:
     part_layers: int = 2
     """First layers whose parts are timed apart (0: none)."""
     repeats: int = 3
-    """Timed runs after one to warm up; one that takes over 10 s is the only one."""
+    """Timed runs after one to warm up; where that takes over 5 s it is the only run."""
     peak_tflops: Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")] = (
         None
     )
@@ -172,10 +172,10 @@ class Ttft:
         for point, case in wanted:
             whole.add(programs, case)
             if self._splits(point):
-                parts.add_shared(programs, subject, point.length)
+                parts.add_shared(programs, subject, point.length, layers=self.part_layers)
                 parts.add_split(programs, case)
             elif point.extrapolated:
-                parts.add_shared(programs, subject, point.length)
+                parts.add_shared(programs, subject, point.length, layers=0)
         with stage(progress, f"compiling {len(wanted)} prefills and their parts side by side"):
             programs.compile()
         shared: dict[int, parts.Shared] = {}

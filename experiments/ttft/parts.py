@@ -51,8 +51,8 @@ class Shared:
     plain: float
 
 
-def add_shared(programs: Programs, subject: Subject, length: int) -> None:
-    """Adds what `measure_shared` runs, and what leads from a layer to the next."""
+def add_shared(programs: Programs, subject: Subject, length: int, *, layers: int) -> None:
+    """Adds what `measure_shared` runs, and what `split` needs of so many layers."""
     own = _Layer(subject.config, length)
     tokens, x, qkv = own.shapes(subject)
     programs.add("ends", own.ends, _ends(subject), tokens)
@@ -60,8 +60,10 @@ def add_shared(programs: Programs, subject: Subject, length: int) -> None:
     first = _layer(subject, 0)
     programs.add("plain", flops.plain_matmuls, first, own.rows(x))
     programs.add("linear", own.linear, first, x)
-    programs.add("project", own.project, first, x)
-    programs.add("finish", own.finish, first, x, qkv[0])
+    if layers:
+        programs.add("project", own.project, first, x)
+    if layers > 1:
+        programs.add("finish", own.finish, first, x, qkv[0])
 
 
 def measure_shared(programs: Programs, subject: Subject, tokens: Array) -> Shared:
