@@ -83,7 +83,8 @@ def read_methods(specs: tuple[str, ...], *, chunked: bool) -> list[Method]:
     """Returns the methods named; beside the known ones `cudnn`, where there is a GPU.
 
     Raises:
-        UserError: one is none, keeps a part of the cache, or cannot read chunks but should.
+        UserError: one is none, keeps a part of the cache, needs another prompt's lines, or cannot
+            read chunks but should.
     """
     if CUDNN in specs and jax.default_backend() != "gpu":
         raise UserError("--methods: cudnn needs a CUDA device; take dense, this project's own")
@@ -96,6 +97,10 @@ def read_methods(specs: tuple[str, ...], *, chunked: bool) -> list[Method]:
     for method in methods:
         if method.kept is not None:
             raise UserError(f"--methods: --kv-cache says what is kept; shorten {method.label}")
+        if method.calibrated is not None:
+            raise UserError(
+                f"--methods: {method.label} takes lines of another prompt; leave it out"
+            )
         if chunked and method.whole:
             raise UserError(f"{method.label} reads whole prompts; leave out --chunk-size")
     return methods
