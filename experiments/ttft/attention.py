@@ -83,7 +83,7 @@ def read_methods(specs: tuple[str, ...], *, chunked: bool) -> list[Method]:
     """Returns the methods named; beside the known ones `cudnn`, where there is a GPU.
 
     Raises:
-        UserError: one is none, keeps a part of the cache, needs another prompt's lines, or cannot
+        UserError: one is none, keeps a part of the cache, takes lines of another prompt, or cannot
             read chunks but should.
     """
     if CUDNN in specs and jax.default_backend() != "gpu":

@@ -214,7 +214,7 @@ def test_cut_line_is_removed_and_rows_of_other_revisions_are_measured_again(tmp_
         (["--methods", "cudnn"], "needs a CUDA device"),
         (["--methods", "dense+snapkv:64"], "--kv-cache says what is kept"),
         (["--methods", "inf_llm:1024", "--chunk-size", "64"], "reads whole prompts"),
-        (["--methods", "static:qwen2.5-coder-1.5b"], "lines of another prompt"),
+        (["--methods", "static:qwen2.5-coder-1.5b"], "needs lines of another prompt"),
         (["--kv-cache", "half"], "--kv-cache must be"),
         (["--kv-cache", "int8", "--chunk-size", "64"], "needs the whole prompt at once"),
         (["--texts", "nowhere.txt"], "there is no text nowhere.txt"),
