@@ -99,7 +99,7 @@ def read_methods(specs: tuple[str, ...], *, chunked: bool) -> list[Method]:
             raise UserError(f"--methods: --kv-cache says what is kept; shorten {method.label}")
         if method.calibrated is not None:
             raise UserError(
-                f"--methods: {method.label} takes lines of another prompt; leave it out"
+                f"--methods: {method.label} needs lines of another prompt; leave it out"
             )
         if chunked and method.whole:
             raise UserError(f"{method.label} reads whole prompts; leave out --chunk-size")
