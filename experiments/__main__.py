@@ -19,6 +19,7 @@ from experiments.report.command import Report
 from experiments.ruler.command import Ruler
 from experiments.scbench.command import SCBench
 from experiments.search.command import Search
+from experiments.ttft.command import Ttft
 from experiments.visited.command import Visited
 
 Command = tyro.conf.OmitArgPrefixes[
@@ -34,6 +35,7 @@ Command = tyro.conf.OmitArgPrefixes[
     | Annotated[Perplexity, tyro.conf.subcommand("perplexity", prefix_name=False)]
     | Annotated[Report, tyro.conf.subcommand("report", prefix_name=False)]
     | Annotated[Latency, tyro.conf.subcommand("latency", prefix_name=False)]
+    | Annotated[Ttft, tyro.conf.subcommand("ttft", prefix_name=False)]
     | Annotated[Patterns, tyro.conf.subcommand("patterns", prefix_name=False)]
     | Annotated[Visited, tyro.conf.subcommand("visited", prefix_name=False)]
 ]

@@ -2,7 +2,6 @@
 
 import dataclasses
 import sys
-from collections.abc import Callable
 from typing import Any, Literal
 
 from rich.console import Console
@@ -11,6 +10,7 @@ from experiments.common.attention import AttentionOptions, read_attention
 from experiments.common.errors import UserError, check_writable, reported_as_user_error
 from experiments.common.options import OptionalPath
 from experiments.common.record import append_record, environment, read_records
+from experiments.common.shapes import SHAPES, ShapeName
 from experiments.latency.layer import LayerCase, table_layers
 from experiments.latency.lines import real_lines
 from experiments.latency.peers import jax_dense_name
@@ -19,19 +19,11 @@ from experiments.latency.rows import Figures, Point, Rows, read_rows
 from experiments.latency.run import Suite, measure_length
 from experiments.latency.table import aims_markdown, rows_markdown
 from minference_jax.files import attention_size
-from models.common.config import DecoderConfig
-from models.llama import config as llama
 from pallas_kernels.bench import Workload, workloads
 from pallas_kernels.block_sparse_attention.api import Implementation
 from pallas_kernels.block_sparse_attention.measure import WrongResult
 from pallas_kernels.common.environment import not_hopper
 
-LayerName = Literal["llama3-8b", "qwen2.5-7b", "smollm2-135m"]
-_LAYERS: dict[LayerName, Callable[[], DecoderConfig]] = {
-    "llama3-8b": llama.llama3_8b,
-    "qwen2.5-7b": lambda: llama.qwen2_5("7B"),
-    "smollm2-135m": llama.smollm2_135m,
-}
 _LENGTHS = {
     "layer": (8192, 32768, 131072),
     # What most lines of the table of aims need comes first.
@@ -52,7 +44,7 @@ class Latency:
 
     suite: Literal["layer", "table"] = "layer"
     """One layer with the attention below, or the table of patterns."""
-    layer: LayerName = "llama3-8b"
+    layer: ShapeName = "llama3-8b"
     """Shape of the layer."""
     lengths: tuple[int, ...] = ()
     """Tokens; if not given 8192, 32768, 131072, and for the table also 524288 and 1048576."""
@@ -143,7 +135,7 @@ class Latency:
 
     def _suite(self, length: int) -> Suite:
         """What is measured at one length."""
-        config = _LAYERS[self.layer]()
+        config = SHAPES[self.layer]()
         # Where Hopper's kernel runs, nothing slower may stand in for it.
         hopper = not not_hopper() and self.dtype != "float32"
         implementation: Implementation | None = "mosaic_gpu" if hopper else None

@@ -1,10 +1,11 @@
-"""The sections of a report on comparisons and on latency, in Markdown."""
+"""The sections of a report on comparisons, latency and time to first token, in Markdown."""
 
 import dataclasses
 import functools
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from experiments.compare.report import picture as quality_picture
 from experiments.compare.rows import Point, Row, row_of
@@ -14,6 +15,9 @@ from experiments.latency.plot import times_picture
 from experiments.latency.table import rows_markdown
 from experiments.report.markdown import Block, Drawing, below, link, short_revision
 from experiments.report.read import Entry, as_this_version_writes
+from experiments.ttft import rows as ttft
+from experiments.ttft.plot import parts_picture, seconds_picture
+from experiments.ttft.table import markdown as ttft_markdown
 
 # Of a latency record's rows; those of kernels alone are in the command's own table.
 _LEVELS = ("layer", "peer")
@@ -92,21 +96,45 @@ def _draw_quality(groups: dict[Group, list[Line]], path: Path) -> None:
 
 def latency_sections(entries: Sequence[Entry], folder: Path) -> Iterator[Block]:
     """Yields a section for each file, device and revision; see `sections.section`."""
-    found: dict[tuple[Path, str, str | None], list[Entry]] = {}
-    for entry in entries:
-        if entry.record["kind"] == "latency":
-            with as_this_version_writes(entry):
-                environment = entry.record["environment"]
-                latency.rows_of([entry.record])
-            key = (entry.path, environment["device"], environment["git"])
-            found.setdefault(key, []).append(entry)
-    for number, ((path, device, git), group) in enumerate(found.items(), start=1):
+    for number, (group, revision) in enumerate(_of_kind(entries, "latency", latency.rows_of), 1):
         rows = latency.rows_of([entry.record for entry in group])
         shown = {point: row for point, row in rows.figures.items() if point.level in _LEVELS}
         layers = sorted({point.layer for point in rows.figures})
-        yield f"### One layer of {', '.join(layers)}, revision {short_revision(git)}"
-        yield f"{device}. Record, with the kernels' own rows: {link(path, folder)}."
+        device = group[0].record["environment"]["device"]
+        yield f"### One layer of {', '.join(layers)}, revision {revision}"
+        yield f"{device}. Record, with the kernels' own rows: {link(group[0].path, folder)}."
         if shown:
             yield rows_markdown(dataclasses.replace(rows, figures=shown))
         draw = functools.partial(times_picture, rows)
         yield Drawing(f"latency-{number}", f"Milliseconds by length, {', '.join(layers)}", draw)
+
+
+def ttft_sections(entries: Sequence[Entry], folder: Path) -> Iterator[Block]:
+    """Yields a section for each file, device and revision; see `sections.section`."""
+    for number, (group, revision) in enumerate(_of_kind(entries, "ttft", ttft.rows_of), 1):
+        rows = ttft.rows_of([entry.record for entry in group])
+        models = ", ".join(sorted({point.model for point in rows.figures}))
+        yield f"### {models}, revision {revision}"
+        yield f"Record: {link(group[0].path, folder)}."
+        yield ttft_markdown(rows)
+        draw = functools.partial(seconds_picture, rows)
+        yield Drawing(f"ttft-{number}", f"Seconds to first token by length, {models}", draw)
+        if any("parts" in row for row in rows.figures.values()):
+            draw = functools.partial(parts_picture, rows)
+            yield Drawing(f"ttft-{number}-parts", f"Where the time goes, {models}", draw)
+
+
+def _of_kind(
+    entries: Sequence[Entry], kind: str, read: Callable[[list[dict[str, Any]]], Any]
+) -> Iterator[tuple[list[Entry], str]]:
+    """Records of a kind by file, device and revision, and the revision in short."""
+    found: dict[tuple[Path, str, str | None], list[Entry]] = {}
+    for entry in entries:
+        if entry.record["kind"] == kind:
+            with as_this_version_writes(entry):
+                environment = entry.record["environment"]
+                read([entry.record])
+            key = (entry.path, environment["device"], environment["git"])
+            found.setdefault(key, []).append(entry)
+    for (_, _, git), group in found.items():
+        yield group, short_revision(git)

@@ -14,6 +14,7 @@ from experiments.report.measured import (
     comparison_section,
     latency_sections,
     read_comparisons,
+    ttft_sections,
 )
 from experiments.report.paper import Printed
 from experiments.report.read import Entry
@@ -35,6 +36,7 @@ _PRINTED: dict[str, tuple[Printed, ...]] = {
     "infinitebench": (*paper.INFINITEBENCH, paper.SNAPKV),
     "perplexity": (paper.PERPLEXITY,),
     "latency": (paper.PREFILL,),
+    "ttft": (paper.PREFILL,),
 }
 _LEGEND = (
     "Made by `minference report` from records. Scores are in percent, means over tasks and lengths "
@@ -94,13 +96,15 @@ def page(report: Report, folder: Path) -> Iterator[Block]:
         yield from comparison_section(one, folder, named("compare", one.path.stem))
     if layers := list(latency_sections(report.entries, folder)):
         yield from ("## Attention alone", *layers)
+    if whole := list(ttft_sections(report.entries, folder)):
+        yield from ("## Time to first token", *whole)
     kinds = {entry.record["kind"] for entry in report.entries}
     if kinds & _PRINTED.keys():
         yield from ("## The paper's own figures", paper.COMPARABLE)
-    for kind, printed in _PRINTED.items():
-        for one in printed if kind in kinds else ():
-            yield f"{one.name}: {one.what}, {one.model}."
-            yield one.markdown()
+    printed = [one for kind, tables in _PRINTED.items() if kind in kinds for one in tables]
+    for one in {id(one): one for one in printed}.values():
+        yield f"{one.name}: {one.what}, {one.model}."
+        yield one.markdown()
     if "needle" in kinds:
         yield paper.NEEDLE
 

@@ -10,7 +10,7 @@ from rich.console import Console
 from experiments.common.errors import UserError, one_line
 from experiments.common.record import parse_record
 
-KINDS = ("needle", "ruler", "infinitebench", "scbench", "perplexity", "compare", "latency")
+KINDS = ("needle", "ruler", "infinitebench", "scbench", "perplexity", "compare", "latency", "ttft")
 # Tables made from rows that stand before them in the same file: they are made again.
 _DERIVED = ("compare_summary",)
 _NAMED = 3  # of the files that are left out
