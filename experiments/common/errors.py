@@ -7,6 +7,14 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import jax
+
+# What there is to do when a device's memory does not suffice.
+WAYS_OUT = (
+    "--kv-cache int8 or snapkv:4096 keeps less of the prompt (prefill: --kv-cache none nothing), "
+    "--chunk-size 16384 computes fewer tokens at once, --dtype bfloat16 halves a float32 model"
+)
+
 
 class UserError(Exception):
     """Input that cannot be used: shown as one line, without a traceback."""
@@ -31,13 +39,32 @@ def reported_as_user_error(*kinds: type[Exception]) -> Iterator[None]:
 
 
 def run_reporting_errors(command: Callable[[], None]) -> int:
-    """Runs a command; returns the exit code, 2 after a `UserError` told on standard error."""
+    """Runs a command; returns the exit code, 2 after a `UserError` told on standard error.
+
+    Memory that ran out is told in the same way: what was measured before is in the files.
+    """
     try:
-        command()
+        with _memory_told():
+            command()
     except UserError as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     return 0
+
+
+@contextlib.contextmanager
+def _memory_told() -> Iterator[None]:
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        what = str(error).partition("RESOURCE_EXHAUSTED: ")[2].partition(" [")[0]
+        raise UserError(
+            f"{what}. A smaller --batch-size, if there is one, helps; {WAYS_OUT}; "
+            "XLA_PYTHON_CLIENT_MEM_FRACTION=0.95 gives JAX more of a GPU than three quarters, and "
+            "XLA_PYTHON_CLIENT_PREALLOCATE=false can split what is free into pieces too small"
+        ) from error
 
 
 def parse_reporting_errors[Parsed](parse: Callable[[], Parsed]) -> Parsed:

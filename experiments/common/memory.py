@@ -3,14 +3,10 @@
 from rich.console import Console
 from rich.table import Table
 
-from experiments.common.errors import reported_as_user_error
+from experiments.common.errors import WAYS_OUT, reported_as_user_error
 from models.common.layers import TOKENS_PER_CHUNK
 from models.common.memory import PrefillMemory, check_fits, gib
 
-WAYS_OUT = (
-    "--kv-cache int8 or snapkv:4096 keeps less of the prompt (prefill: --kv-cache none nothing), "
-    "--chunk-size 16384 computes fewer tokens at once, --dtype bfloat16 halves a float32 model"
-)
 _PARTS = {
     "weights": "weights",
     "cache": "keys and values kept",

@@ -231,8 +231,9 @@ class Ttft:
         """Measures one row."""
         length, tokens = point.length, subject.tokens(point.length)
         figures, executed = whole.measure(
-            programs, case, tokens, repeats=self.repeats, console=progress
-        )
+            programs, case, tokens, repeats=self.repeats, always_warm=point.extrapolated,
+            console=progress,
+        )  # fmt: skip
         if executed is not None:
             figures["executed_share"] = whole.executed_share(executed, length)
             self._keep_densities(subject, point, case.attention, executed)

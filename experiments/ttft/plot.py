@@ -46,11 +46,11 @@ def parts_picture(rows: Rows, path: Path) -> Path | None:
         for point, _ in found
     ]
     axes.set_xticks(range(len(found)), labels, rotation=90, fontsize=7)
-    axes.set(ylabel="share of the time to first token")
+    axes.set(ylabel="share of the time to first token", ylim=(0, max(1.1, 1.08 * max(below))))
     models = " and ".join(dict.fromkeys(point.model for point, _ in found))
     title = f"{models}, {rows.environment['device']}: parts timed apart, above the bars seconds"
     stars = "; *: extrapolated" if any(point.extrapolated for point, _ in found) else ""
-    axes.set_title(textwrap.fill(title + stars, 80), fontsize=9)
+    axes.set_title(textwrap.fill(title + stars, 70), fontsize=9)
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0), reverse=True)
     return save(figure, path)
 

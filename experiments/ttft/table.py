@@ -12,8 +12,8 @@ NOTES = (
     "projections, MLP and norms, and its share of the rate of plain matrix products of the same "
     "shapes. Parts are timed apart, `other` is what they leave. `peak`: GiB by the device's "
     "account, which is never reset, so it is missing where an earlier row held more; beside it the "
-    "estimate made before. A star: some layers were run and the rest extrapolated; memory is then "
-    "of these layers. Compilation is apart."
+    "estimate made before. A star: some layers were run and the rest extrapolated; the "
+    "estimate is of these layers. Compilation is apart."
 )
 
 
@@ -93,7 +93,9 @@ def _table(rows: Rows, of_model: list[tuple[Point, Figures]]) -> str:
     for point, row in of_model:
         ratio = speed_up(rows, point)
         parts = row.get("parts", {})
-        peak = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:.1f}"
+        # Beside the layers that were run the device held the weights of all.
+        known = row["peak_bytes"] is not None and not point.extrapolated
+        peak = f"{row['peak_bytes'] / 2**30:.1f}" if known else ""
         linear = ""
         if "linear_flops_per_s" in row:
             rate, share = row["linear_flops_per_s"] / 1e12, row["linear_of_plain"]

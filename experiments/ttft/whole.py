@@ -1,6 +1,7 @@
 """The time of a whole prefill: memory asked for beforehand, compiled apart, warm runs."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -27,6 +28,7 @@ from pallas_kernels.common.timing import Programs
 # Room in the cache for an answer.
 _NEW_TOKENS = 128
 # A run that takes longer is its own warm-up: what a first call costs besides is nothing beside it.
+# Not so where few layers stand for all: what is too much is then multiplied.
 _LONG = 5.0
 
 
@@ -129,13 +131,15 @@ def add(programs: Programs, case: Case) -> None:
 
 
 def measure(
-    programs: Programs, case: Case, tokens: Array, *, repeats: int, console: Console
-) -> tuple[Figures, Executed | None]:
+    programs: Programs, case: Case, tokens: Array, *, repeats: int, always_warm: bool,
+    console: Console,
+) -> tuple[Figures, Executed | None]:  # fmt: skip
     """Times a prefill, and returns what its attention executed, `[layers, ...]`.
 
     `seconds` is the median of `runs`; where the first run is long it is the only one, and
-    `warm` is false. `peak_bytes` is what the device says, None unless this program raised it: it is
-    never reset, so that smaller programs after larger ones do not show.
+    `warm` is false, unless it is `always_warm`. `peak_bytes` is what the device says, None unless
+    this program raised it: it is never reset, so that smaller programs after larger ones do not
+    show.
     """
     program = f"prefill {case.name}"
     compiled = programs.get(program, *case.arguments)
@@ -150,7 +154,7 @@ def measure(
         found.append(jax.block_until_ready(compiled(params, tokens, *rest)))
 
     with stage(console, f"{case.name}: reading"):
-        runs, warm = time_runs(run, repeats)
+        runs, warm = time_runs(run, repeats, long=math.inf if always_warm else _LONG)
     [(logits, kept, executed)] = found
     if not bool(jnp.all(jnp.isfinite(logits))):
         raise UserError(f"{case.name}: logits that are no numbers; are the weights right?")
@@ -169,12 +173,14 @@ def measure(
     return figures, executed
 
 
-def time_runs(run: Callable[[], Any], repeats: int) -> tuple[list[float], bool]:
+def time_runs(
+    run: Callable[[], Any], repeats: int, long: float = _LONG
+) -> tuple[list[float], bool]:
     """Seconds of each run after one to warm up, and true; of that one alone if it is long."""
     start = time.perf_counter()
     run()
     first = time.perf_counter() - start
-    if first > _LONG:
+    if first > long:
         return [first], False
     seconds = []
     for _ in range(repeats):

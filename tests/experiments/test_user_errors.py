@@ -3,6 +3,7 @@
 import json
 import os
 
+import jax
 import pytest
 
 from experiments.__main__ import main
@@ -27,7 +28,8 @@ def told(capsys, *argv):
         pytest.param(
             [],
             "Expected one of {generate, prefill, search, compare, compare-summary, needle, "
-            "ruler, infinitebench, scbench, perplexity, report, latency, patterns, visited}",
+            "ruler, infinitebench, scbench, perplexity, report, latency, ttft, patterns, "
+            "visited}",
             id="no-command",
         ),
         pytest.param(["generate"], "--model", id="no-model"),
@@ -189,6 +191,20 @@ def test_output_that_cannot_be_written_is_told_before_the_model_is_loaded(capsys
 def test_drawn_head_that_the_model_does_not_have(capsys, tiny_model, tmp_path, option, number):
     argv = ["--model", tiny_model, "--prompt", "t3", "--plot", tmp_path, option, number]
     assert f"got {number}" in told(capsys, "prefill", *argv)
+
+
+def test_memory_that_runs_out_is_told_with_ways_out(tiny_model, capsys, monkeypatch):
+    def full(*args, **kwargs):
+        raise jax.errors.JaxRuntimeError(
+            "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 4.41GiB with allocator "
+            "GPU_0_bfc on device 0. [executable_name='jit_read']"
+        )
+
+    monkeypatch.setattr("experiments.common.session.prefill", full)
+    error = told(capsys, "prefill", "--model", tiny_model, "--prompt", "a")
+    assert "Out of memory while trying to allocate 4.41GiB" in error
+    assert "--kv-cache int8" in error
+    assert "executable_name" not in error
 
 
 def test_faults_of_the_program_keep_their_traceback(tiny_model, monkeypatch):
