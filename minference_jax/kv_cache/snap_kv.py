@@ -90,7 +90,7 @@ def keep_voted(
     v: Float[Array, "batch kv_len kv_heads head_dim"],
     *,
     lengths: Int[Array, " batch"],
-    q_start: Int[Array, " batch"] | None,
+    q_start: Int[Array, " batch"] | None = None,
     budgets: Int[Array, " batch"],
     capacity: int,
     window: int,

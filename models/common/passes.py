@@ -69,7 +69,7 @@ def run_prefill(
         observed = jax.tree.map(lambda a: a[:, None], observed)
     if lengths is None:
         lengths = jnp.full(tokens.shape[0], tokens.shape[1], jnp.int32)
-    logits = place.everywhere(ends_of(params, config).logits(last))
+    logits = place.logits(ends_of(params, config).logits(last))
     return logits, _cache(kept, lengths, rope_length), observed
 
 
@@ -211,7 +211,7 @@ def run_extend(params, tokens, lengths, cache, *, config, attention_fn, observe)
         params, ends.embed(tokens), cos, sin, (attention_fn, cache.stored, cache.scales), attend,
         (cache.keys, cache.values), config=config, place=Placement.of(attention_fn),
     )  # fmt: skip
-    logits = Placement.of(attention_fn).everywhere(ends.logits(_row_at(x, lengths - 1)))
+    logits = Placement.of(attention_fn).logits(ends.logits(_row_at(x, lengths - 1)))
     counts = (cache.stored + lengths[None, :], cache.lengths + lengths, cache.rope_length)
     return logits, KVCache(keys, values, *counts, scales=cache.scales), seen
 

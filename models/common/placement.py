@@ -39,6 +39,12 @@ class Placement:
         """Devices that share a prompt."""
         return 1 if self.attention is None else self.attention.prompt_devices
 
+    def padded(self, length: int) -> int:
+        """Rows that a prompt of this length takes."""
+        if self.parts == 1:
+            return length
+        return padded_length(length, self.parts, self.attention.block_q)
+
     def arrange(
         self, tokens: Int[Array, "batch s"], lengths: Int[Array, " batch"] | None
     ) -> tuple[Int[Array, "batch p"], Int[Array, " p"], Int[Array, " batch"] | None]:
@@ -46,7 +52,7 @@ class Placement:
         batch, length = tokens.shape
         if self.parts == 1:
             return tokens, jnp.arange(length, dtype=jnp.int32), lengths
-        padded = padded_length(length, self.parts, self.attention.block_q)
+        padded = self.padded(length)
         order = balanced_order(padded, self.parts)
         tokens = jnp.pad(tokens, ((0, 0), (0, padded - length)))[:, order]
         lengths = jnp.full(batch, length, jnp.int32) if lengths is None else lengths
@@ -63,9 +69,11 @@ class Placement:
         split = x.shape[3] % heads == 0
         return self._on(x, None, None, None, self.attention.heads_axis if split else None)
 
-    def everywhere(self, tree: Any) -> Any:
-        """Small arrays, whole on every device (and so on every host)."""
-        return jax.tree.map(self._on, tree)
+    def logits(self, x: Float[Array, "batch vocab"]) -> Float[Array, "batch vocab"]:
+        """Logits, whole on every device; each computes those of its part of the vocabulary."""
+        if self.attention is None:
+            return x
+        return self._on(self._on(x, None, self.attention.heads_axis))
 
     def row_at(self, x: Float[Array, "batch s embed"], row: Int[Array, " batch"]) -> Array:
         """The row at a position; an index into rows that are split would gather all of them."""
@@ -78,7 +86,7 @@ class Placement:
         """Slots of a cache: as asked, or some more that divide among devices."""
         if self.parts == 1:
             return asked
-        slots = padded_length(length, self.parts, self.attention.block_q)
+        slots = self.padded(length)
         if compression is not None:
             slots = min(slots, compression.capacity)
         return round_up(max(asked, slots), self.parts)
