@@ -81,7 +81,7 @@ def check_split(config: DecoderConfig, devices: int) -> None:
         fits = [str(n) for n in range(1, config.num_heads + 1) if not uneven(n)]
         raise ValueError(
             f"{devices} devices cannot share the model evenly, it has {', '.join(found)}; split it "
-            f"over {' or '.join(fits)} (the mesh axis of the heads, `--mesh tp=`)"
+            f"over {' or '.join(fits)} (other devices of the mesh can share the prompt)"
         )
 
 

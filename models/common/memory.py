@@ -91,7 +91,8 @@ def estimate_prefill(
     place = Placement.of(attention_fn)
     heads_on = 1 if place.attention is None else place.attention.head_devices
     if place.attention is not None:
-        check_mesh(attention_fn, None, config, whole=chunk_size is None, what="a prefill in chunks")
+        whole = chunk_size is None or chunk_size >= length
+        check_mesh(attention_fn, None, config, whole=whole, what="a prefill in chunks")
         attention_fn = place.attention.attention
     capacity = kept_tokens(compression, length) + new_tokens
     cache, index, logits = _shapes(

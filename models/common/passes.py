@@ -121,9 +121,9 @@ def _stream_whole(
         )
         return out, state, (kept, seen)
 
-    x = ends_of(params, config).embed(place.stream(tokens))
+    x = ends_of(params, config).embed(place.rows(tokens))
     x, _, (kept, observed) = scan_layers(
-        params, x, place.stream(cos), place.stream(sin), (attention_fn, compression), attend, None,
+        params, x, place.rows(cos), place.rows(sin), (attention_fn, compression), attend, None,
         config=config, place=place,
     )  # fmt: skip
     return x, kept, observed

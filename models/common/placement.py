@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from minference_jax import ShardedAttention
 from minference_jax.kv_cache import KeptKV, KVCompression
@@ -58,15 +58,16 @@ class Placement:
         lengths = jnp.full(batch, length, jnp.int32) if lengths is None else lengths
         return tokens, jnp.asarray(order, jnp.int32), lengths
 
-    def stream(self, x: Float[Array, "batch s ..."]) -> Array:
-        """Rows of the stream, on the devices that compute them."""
+    def rows(self, x: Num[Array, "batch s *rest"]) -> Num[Array, "batch s *rest"]:
+        """Rows of tokens, on the devices that compute them."""
         axis = self.attention.sequence_axis if self.parts > 1 else None
         return self._on(x, None, axis)
 
     def cache(self, x: Float[Array, "layers batch slots kv_heads head_dim"]) -> Array:
         """The cache of prompts that are read in chunks."""
-        heads = 1 if self.attention is None else self.attention.head_devices
-        split = x.shape[3] % heads == 0
+        if self.attention is None:
+            return x
+        split = x.shape[3] % self.attention.head_devices == 0
         return self._on(x, None, None, None, self.attention.heads_axis if split else None)
 
     def logits(self, x: Float[Array, "batch vocab"]) -> Float[Array, "batch vocab"]:

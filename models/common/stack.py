@@ -24,7 +24,7 @@ def scan_layers(params, x, cos, sin, attention_fn, attend, state, *, config, pla
     graph = _layer_graph(config, x.dtype)
 
     def body(carry, layer):
-        x, state = place.stream(carry[0]), carry[1]
+        x, state = place.rows(carry[0]), carry[1]
         layer_params, attention, index = layer
 
         def call(q, k, v):
