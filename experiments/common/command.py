@@ -126,13 +126,15 @@ def show_plan(config: PromptCommand, *, cache: CacheOptions) -> None:
     _check_options(config, cache)
     memory, tokens = _plan(config, None, cache, config.devices.imagined())
     limit = device_memory()
-    show_estimate(Console(quiet=not is_first()), memory, length=tokens.shape[1], limit=limit)
+    show_estimate(Console(quiet=not is_first()), memory, length=tokens.shape[1], limit=limit, mesh=config.devices.mesh)
     check_room(memory, limit)
 
 
 def _check_options(config: PromptCommand, cache: CacheOptions) -> None:
     if config.devices.mesh is not None and config.output.plot is not None:
         raise UserError("--plot needs the index of one device; leave out --mesh")
+    if config.devices.sizes[1] > 1 and config.model.chunk_size is not None:
+        raise UserError("--mesh with cp splits whole prompts; leave out --chunk-size, or take tp")
     if cache.kv_cache is not None and config.model.chunk_size is not None:
         raise UserError("--kv-cache needs the whole prompt at once; leave out --chunk-size")
 
@@ -155,7 +157,7 @@ def _plan(
     if mesh is not None:
         runs = [(mj.ShardedAttention(attention, mesh), kept) for attention, kept in runs]
     for attention, _ in runs:
-        check_spread(model, attention, config.model.chunk_size)
+        check_spread(model, attention)
     estimates = [
         estimate_prefill(
             model.params, config=model.config, attention_fn=attention, batch=1, length=length,

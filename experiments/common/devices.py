@@ -68,10 +68,10 @@ class DeviceOptions:
         return AbstractMesh((sequence, heads), (SEQUENCE_AXIS, HEADS_AXIS), axis_types=kinds)
 
 
-def check_spread(model: Model, attention: Any, chunk_size: int | None) -> None:
-    """Raises UserError where a model cannot read a prompt on its attention's mesh."""
+def check_spread(model: Model, attention: Any) -> None:
+    """Raises UserError where a model cannot read a whole prompt on its attention's mesh."""
     with reported_as_user_error(ValueError):
-        check_mesh(attention, None, model.config, whole=chunk_size is None, what="--chunk-size")
+        check_mesh(attention, None, model.config, whole=True, what="the prefill")
 
 
 def join_processes() -> bool:
