@@ -5,7 +5,7 @@ import hashlib
 import sys
 
 import numpy as np
-from jax.sharding import AbstractMesh, Mesh
+from jax.sharding import Mesh
 from jaxtyping import Int
 from rich.console import Console
 
@@ -126,7 +126,13 @@ def show_plan(config: PromptCommand, *, cache: CacheOptions) -> None:
     _check_options(config, cache)
     memory, tokens = _plan(config, None, cache, config.devices.imagined())
     limit = device_memory()
-    show_estimate(Console(quiet=not is_first()), memory, length=tokens.shape[1], limit=limit, mesh=config.devices.mesh)
+    show_estimate(
+        Console(quiet=not is_first()),
+        memory,
+        length=tokens.shape[1],
+        limit=limit,
+        mesh=config.devices.mesh,
+    )
     check_room(memory, limit)
 
 
@@ -143,7 +149,7 @@ def _plan(
     config: PromptCommand,
     sampling: SamplingOptions | None,
     cache: CacheOptions,
-    mesh: Mesh | AbstractMesh | None,
+    mesh: Mesh | None,
 ) -> tuple[PrefillMemory, Int[np.ndarray, "1 length"]]:
     """Memory of the run that needs most, and the prompt's tokens; loads no weights."""
     model = sketch(config.model)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -59,13 +59,14 @@ class DeviceOptions:
         with reported_as_user_error(ValueError):
             return attention_mesh(heads=heads, sequence=sequence)
 
-    def imagined(self) -> AbstractMesh | None:
-        """The mesh of devices that need not be there, for estimates."""
+    def imagined(self) -> Mesh | None:
+        """The mesh of devices that need not be there, for estimates alone."""
         if self.mesh is None:
             return None
         heads, sequence = self.sizes
         kinds = (AxisType.Auto, AxisType.Auto)
-        return AbstractMesh((sequence, heads), (SEQUENCE_AXIS, HEADS_AXIS), axis_types=kinds)
+        names = (SEQUENCE_AXIS, HEADS_AXIS)
+        return cast(Mesh, AbstractMesh((sequence, heads), names, axis_types=kinds))
 
 
 def check_spread(model: Model, attention: Any) -> None:

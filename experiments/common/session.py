@@ -80,7 +80,7 @@ class Generation:
 
 
 def load(options: LoadOptions, console: Console, mesh: Mesh | None = None) -> Model:
-    """Loads a model, onto a mesh if there is one, with a progress bar; raises UserError if its source cannot be used."""
+    """Loads a model, onto a mesh if given; raises UserError if its source cannot be used."""
     with (
         stage(console, f"loading {Path(options.model).name}"),
         tqdm(unit="tensor", leave=False, disable=None) as bar,
@@ -217,9 +217,7 @@ def run_prefill(
             found = jax.block_until_ready(compiled(*arguments))
             seconds.append(time.perf_counter() - start)
     logits, cache, (pairs, index) = found
-    visited, causal = (
-        on_host(count).astype(np.float64).sum(axis=1)[:, 0] for count in pairs
-    )
+    visited, causal = (on_host(count).astype(np.float64).sum(axis=1)[:, 0] for count in pairs)
     return PrefillRun(
         logits=np.asarray(logits[0], np.float32),
         cache=cache,

@@ -41,8 +41,8 @@ def attention_mesh(
     if heads < 1 or sequence < 1 or heads * sequence > found:
         raise ValueError(
             f"a mesh of {sequence} x {heads} devices (`sequence` x `heads`) needs "
-            f"{sequence * heads}, there are {found}: take smaller numbers from 1 on, or try it on a "
-            "CPU with XLA_FLAGS=--xla_force_host_platform_device_count="
+            f"{sequence * heads}, there are {found}: take smaller numbers from 1 on, or try it on "
+            "a CPU with XLA_FLAGS=--xla_force_host_platform_device_count="
             f"{max(1, heads * sequence)}"
         )
     names = (SEQUENCE_AXIS, HEADS_AXIS)
@@ -176,7 +176,7 @@ class ShardedAttention:
             k, v = (jax.lax.dynamic_slice_in_dim(x, own, 1, axis=2) for x in (k, v))
         axis = self.sequence_axis
         kv_len = k.shape[1] * self.prompt_devices
-        if self.prompt_devices > 1:
+        if axis is not None and self.prompt_devices > 1:
             chunks = attend_by_parts(attention, q, k, v, lengths=lengths, axis=axis)
         elif count:
             chunks = [(*attention.attend(q, k, v, lengths=lengths, q_offset=q_offset), q_offset)]

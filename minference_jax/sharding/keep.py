@@ -1,6 +1,7 @@
 """What stays of a layer's keys and values for decoding, of a prompt on several devices."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,11 +43,12 @@ def keep_sharded(
     shared = k.shape[2] < attention.head_devices
     of_queries = PartitionSpec(None, sequence, heads)
     of_keys = PartitionSpec(None, sequence, None if shared else heads)
+    of_kept: Any = (of_keys, of_keys, PartitionSpec(), PartitionSpec(None, of_keys[2]))
     run = jax.shard_map(
         functools.partial(_on_device, attention=attention, shared=shared, capacity=capacity),
         mesh=attention.auto_mesh,
         in_specs=(PartitionSpec(), of_queries, of_keys, of_keys, PartitionSpec()),
-        out_specs=KeptKV(of_keys, of_keys, PartitionSpec(), PartitionSpec(None, of_keys[2])),
+        out_specs=KeptKV(*of_kept),
         check_vma=False,
     )
     return run(compression, q, k, v, lengths)

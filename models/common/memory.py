@@ -74,8 +74,8 @@ def estimate_prefill(
 
     What an attention needs beside its index (gathered columns, scores while it is estimated) is not
     counted, nor is what `observe` returns. An index is counted as if each device of a prompt found
-    that of the whole prompt for its heads: it is smaller, where it is made of blocks. Compiled programs can be asked for everything:
-    `compiled.memory_analysis()`.
+    that of the whole prompt for its heads: it is smaller where it is made of blocks. Compiled
+    programs can be asked for everything: `compiled.memory_analysis()`.
 
     Args:
         params: the parameters, or their shapes (`abstract_params`).
@@ -106,7 +106,9 @@ def estimate_prefill(
     own_kv_heads = max(1, config.num_kv_heads // heads_on)
     kv_heads = config.num_kv_heads if config.num_kv_heads < heads_on else own_kv_heads
     cached = num_bytes(cache) * kv_heads // config.num_kv_heads // place.parts
-    weights, of_layers = (_weights(part, heads_on) for part in (params, {"layers": params["layers"]}))
+    weights, of_layers = (
+        _weights(part, heads_on) for part in (params, {"layers": params["layers"]})
+    )
     size = jnp.dtype(params["embed"]["embedding"].dtype).itemsize
     row = config.head_dim * size * batch
     keys = length if chunk_size is not None and at_once < length else at_once

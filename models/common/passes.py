@@ -116,9 +116,7 @@ def _stream_whole(
     def attend(of_layer, q, k, v, layer, state):
         attention, compression = of_layer
         out, seen = observe(attention, q, k, v, lengths=lengths, q_offset=None)
-        kept = place.keep(
-            compression, q, k, v, lengths=lengths, stored=stored, capacity=capacity
-        )
+        kept = place.keep(compression, q, k, v, lengths=lengths, stored=stored, capacity=capacity)
         return out, state, (kept, seen)
 
     x = ends_of(params, config).embed(place.rows(tokens))

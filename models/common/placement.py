@@ -41,7 +41,7 @@ class Placement:
 
     def padded(self, length: int) -> int:
         """Rows that a prompt of this length takes."""
-        if self.parts == 1:
+        if self.attention is None or self.parts == 1:
             return length
         return padded_length(length, self.parts, self.attention.block_q)
 
@@ -60,8 +60,7 @@ class Placement:
 
     def rows(self, x: Num[Array, "batch s *rest"]) -> Num[Array, "batch s *rest"]:
         """Rows of tokens, on the devices that compute them."""
-        axis = self.attention.sequence_axis if self.parts > 1 else None
-        return self._on(x, None, axis)
+        return x if self.attention is None else self._on(x, None, self.attention.sequence_axis)
 
     def cache(self, x: Float[Array, "layers batch slots kv_heads head_dim"]) -> Array:
         """The cache of prompts that are read in chunks."""
@@ -104,8 +103,7 @@ class Placement:
         capacity: int,
     ) -> KeptKV:
         """What stays of a layer's keys and values, with room up to `capacity`."""
-        split = self.attention is not None and self.attention.mesh.size > 1
-        if split and (compression is not None or self.parts > 1):
+        if self.attention is not None and (compression is not None or self.parts > 1):
             return keep_sharded(
                 compression, q, k, v, lengths=stored, capacity=capacity, attention=self.attention
             )

@@ -10,26 +10,21 @@ import numpy as np
 import pytest
 
 import minference_jax as mj
-from minference_jax.kv_cache import EightBitKV, SnapKV
 from minference_jax.sharding import attention_mesh
 from models import LoadError, load_model, save_checkpoint, shard_params
 from models.common import layers
+from models.common.cache import KVCache
 from models.common.capture import read_hidden
 from models.common.decoder import extend, forward, prefill
-from models.common.generate import Sampling, generate
-from models.common.passes import run_prefill
+from models.common.generate import decode_greedily
 from models.common.weights.table import flatten_paths
 from tests.models.checkpoints import golden, write_hf
-from tests.models.test_load import logits_of
 from tests.models.tiny import CONFIG, random_tokens, tiny_params
 
 # 52 words: four devices can share them.
 MODEL = dataclasses.replace(CONFIG, vocab_size=52, num_layers=2)
 TOKENS, LENGTHS = random_tokens(2, 50), jnp.array([50, 31], jnp.int32)
-ESTIMATOR = mj.WithColumns(mj.BlockThreshold(0.3, local_blocks=1, pooled_rows=4), num_columns=8)
-LAYOUT = mj.Layout(block_q=8, block_kv=8, max_blocks=6)
 DENSE = mj.DenseAttention(8, 8, "reference")
-HYBRID = mj.AdaptiveAttention(ESTIMATOR, LAYOUT, "reference", break_even=0).for_layers(2)
 
 
 def spread(attention, heads, sequence):
@@ -59,80 +54,67 @@ def check_cache(cache, want):
         close(cache.values[real].astype(np.float32), want.values[real].astype(np.float32))
 
 
-KEPT = EightBitKV(SnapKV(budget=12, window=4))
+@jax.jit
+def answer(params, attention):
+    """Logits, cache and density of the prompts, and what is generated after them."""
+    logits, cache, pairs = read(params, attention, observe=mj.observe_density)
+    found, _ = decode_greedily(params, logits, cache, 5, config=MODEL, max_new_tokens=5)
+    return logits, cache, pairs, found.tokens
 
 
 @functools.cache
-def on_one_device(compression):
-    return read(tiny_params(MODEL), DENSE, observe=mj.observe_density, compression=compression)
+def on_one_device():
+    return answer(tiny_params(MODEL), DENSE)
 
 
-@pytest.mark.parametrize(
-    ("heads", "sequence", "compression"), [(4, 1, KEPT), (1, 2, None), (2, 2, KEPT)]
-)
-def test_prompts_of_several_lengths_are_read_as_on_one_device(heads, sequence, compression):
-    want, want_cache, want_pairs = on_one_device(compression)
-    logits, cache, pairs = read(
-        *spread(DENSE, heads, sequence), observe=mj.observe_density, compression=compression
-    )
-    close(logits, want)
-    check_cache(cache, want_cache)
-    jax.tree.map(np.testing.assert_array_equal, pairs, want_pairs)
-    shape = cache.keys.addressable_shards[0].data.shape
-    assert shape[2:4] == (cache.capacity // sequence, 1 if heads == 2 else 2)
-    assert cache.capacity == (64 if compression is None else 54)
+def check_answer(found, want):
+    close(found[0], want[0])
+    check_cache(found[1], want[1])
+    jax.tree.map(np.testing.assert_array_equal, found[2:], want[2:])
+
+
+@pytest.mark.parametrize(("heads", "sequence"), [(4, 1), (1, 2)])
+def test_prompts_of_several_lengths_are_answered_as_on_one_device(heads, sequence):
+    found = answer(*spread(DENSE, heads, sequence))
+    check_answer(found, on_one_device())
+    cache = found[1]
+    # Four devices have two KV heads: all of them.
+    assert cache.keys.addressable_shards[0].data.shape[2:4] == (cache.capacity // sequence, 2)
+    assert cache.capacity == (54 if sequence == 1 else 64)
+
+
+def test_devices_of_a_prompt_exchange_keys_and_values_alone(monkeypatch):
+    # Each device takes several slices of its own rows, the last one shorter.
+    monkeypatch.setattr(layers, "TOKENS_PER_CHUNK", 2 * 15)
+    params, attention = spread(DENSE, 2, 2)
+    program = answer.lower(params, attention).compile()
+    found = program(params, attention)
+    check_answer(found, on_one_device())
+    assert found[1].keys.addressable_shards[0].data.shape[2:4] == (32, 1)
+
+    collective = r"= .*?\[([\d,]*)\]\S* (all-\w+|collective-\w+|reduce-scatter)(?:-start)?\("
+    moved = {(kind, shape) for shape, kind in re.findall(collective, program.as_text())}
+    keys = ("all-gather", "2,64,1,8")  # of the device's one KV head
+    assert keys in moved
+    # Nothing else is of all 64 rows; sums over the devices of the heads are of a device's own.
+    assert [x for x in moved if "64" in x[1].split(",")] == [keys]
+    assert ("all-reduce", "2,32,32") in moved
+    # Besides, logits are gathered, and of each part of the vocabulary the likeliest new word.
+    gathered = {shape for kind, shape in moved if kind == "all-gather"}
+    assert gathered == {keys[1], "2,52", "2,2"}
+    assert {kind for kind, _ in moved} == {"all-gather", "all-reduce"}
 
 
 def test_heads_are_split_in_chunks_of_a_prompt_too():
-    want, want_cache, _ = on_one_device(None)
+    want, want_cache, *_ = on_one_device()
     logits, cache = read(*spread(DENSE, 2, 1), chunk_size=20)
     close(logits, want)
     check_cache(cache, want_cache)
     assert cache.keys.addressable_shards[0].data.shape[3] == 1
 
 
-@pytest.mark.parametrize(("heads", "sequence"), [(4, 1), (2, 2)])
-def test_prompts_are_continued_as_on_one_device(heads, sequence):
-    how = {"config": MODEL, "max_new_tokens": 6, "sampling": Sampling(), "lengths": LENGTHS}
-    params, attention = spread(DENSE, heads, sequence)
-    want = generate(tiny_params(MODEL), TOKENS, attention_fn=DENSE, **how)
-    got = generate(params, TOKENS, attention_fn=attention, **how)
-    np.testing.assert_array_equal(got.tokens, want.tokens)
-
-
-def test_devices_of_a_prompt_exchange_keys_values_and_the_last_queries(monkeypatch):
-    # Each device takes several slices of its own rows, the last one shorter.
-    monkeypatch.setattr(layers, "TOKENS_PER_CHUNK", 30)
-    prompt, length = random_tokens(1, 120), jnp.array([120])
-    run = jax.jit(
-        lambda params, attention: run_prefill(
-            params, prompt, None, length, config=MODEL, attention_fn=attention, capacity=130,
-            chunk_size=None, observe=None,
-        )
-    )  # fmt: skip
-    want, want_cache, _ = run(tiny_params(MODEL), HYBRID)
-    params, attention = spread(HYBRID, 2, 2)
-    program = run.lower(params, attention).compile()
-    logits, cache, _ = program(params, attention)
-    close(logits, want)
-    check_cache(cache, want_cache)
-
-    collective = r"= (.*?)\{.*?\}? (all-\w+|collective-\w+|reduce-scatter)(?:-start)?\("
-    moved = {(kind, shape) for shape, kind in re.findall(collective, program.as_text())}
-    last_queries, rows, last_rows = "f32[1,64,2,8]", "f32[1,1,30,32]", "f32[1,1,4,32]"
-    embedded = "f32[1,64,32]"
-    assert moved == {
-        ("all-gather", "f32[1,128,1,8]"),  # keys and values of the device's one KV head
-        ("all-reduce", last_queries),
-        # Between the devices of the heads, of their own 64 of 128 rows:
-        *(("all-reduce", shape) for shape in (embedded, rows, last_rows)),
-        ("all-reduce", "f32[1,32]"),  # the last row, from the device that has it
-        ("all-gather", "f32[1,52]"),  # its logits
-    }
-
-
 def test_parameters_are_read_shard_by_shard(tmp_path):
-    config, tensors, case = golden("llama-gqa")
+    config, tensors, _ = golden("llama-gqa")
     mesh = attention_mesh(heads=2, sequence=2)
     model = load_model(write_hf(tmp_path / "hf", config, tensors), dtype=jnp.float32, mesh=mesh)
     save_checkpoint(
@@ -148,8 +130,9 @@ def test_parameters_are_read_shard_by_shard(tmp_path):
         assert len(halved) == 9
         for name, shape in halved.items():
             assert np.prod(shape) == 2 * np.prod(sizes[name]), name
-    jax.tree.map(np.testing.assert_array_equal, restored.params, model.params)
-    close(logits_of(restored, case["tokens"]), case["logits"])
+    whole = load_model(tmp_path / "hf", dtype=jnp.float32)
+    for found in (model, restored):
+        jax.tree.map(np.testing.assert_array_equal, found.params, whole.params)
 
     lost, *_ = sorted((tmp_path / "saved/params").glob("**/d/*"))
     lost.unlink()
@@ -180,7 +163,9 @@ def test_passes_that_cannot_split_prompts_say_so(as_users_see_it):
     params, attention = spread(DENSE, 1, 2)
     how = {"config": MODEL, "attention_fn": attention}
     rows = {"rows": 4, "capacity": 50, "observe": mj.observe_density}
-    _, cache = prefill(tiny_params(MODEL), TOKENS[:1], config=MODEL, attention_fn=DENSE, capacity=60)
+    cache = KVCache(
+        *[jnp.zeros((2, 1, 60, 2, 8))] * 2, jnp.zeros((2, 1), int), *[jnp.zeros(1, int)] * 2
+    )
     for name, call in {
         "`forward`": lambda: forward(params, TOKENS, **how),
         "`read_hidden`": lambda: read_hidden(
