@@ -3,9 +3,10 @@
 import dataclasses
 import hashlib
 import sys
+from typing import cast
 
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Int
 from rich.console import Console
 
@@ -149,7 +150,7 @@ def _plan(
     config: PromptCommand,
     sampling: SamplingOptions | None,
     cache: CacheOptions,
-    mesh: Mesh | None,
+    mesh: Mesh | AbstractMesh | None,
 ) -> tuple[PrefillMemory, Int[np.ndarray, "1 length"]]:
     """Memory of the run that needs most, and the prompt's tokens; loads no weights."""
     model = sketch(config.model)
@@ -161,7 +162,8 @@ def _plan(
     if config.output.compare is not None:
         runs.append((mj.DenseAttention(), None))
     if mesh is not None:
-        runs = [(mj.ShardedAttention(attention, mesh), kept) for attention, kept in runs]
+        of_devices = cast(Mesh, mesh)
+        runs = [(mj.ShardedAttention(attention, of_devices), kept) for attention, kept in runs]
     for attention, _ in runs:
         check_spread(model, attention)
     estimates = [

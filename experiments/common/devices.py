@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from typing import Any, cast
+from typing import Any
 
 import jax
 import numpy as np
@@ -59,14 +59,14 @@ class DeviceOptions:
         with reported_as_user_error(ValueError):
             return attention_mesh(heads=heads, sequence=sequence)
 
-    def imagined(self) -> Mesh | None:
+    def imagined(self) -> AbstractMesh | None:
         """The mesh of devices that need not be there, for estimates alone."""
         if self.mesh is None:
             return None
         heads, sequence = self.sizes
         kinds = (AxisType.Auto, AxisType.Auto)
         names = (SEQUENCE_AXIS, HEADS_AXIS)
-        return cast(Mesh, AbstractMesh((sequence, heads), names, axis_types=kinds))
+        return AbstractMesh((sequence, heads), names, axis_types=kinds)
 
 
 def check_spread(model: Model, attention: Any) -> None:

@@ -66,7 +66,7 @@ class ShardedAttention:
         attention: any attention for heads alone; over a sequence axis `SparseAttention`,
             `DenseAttention`, or `AdaptiveAttention` by BlockThreshold, BlockMass or XAttention,
             `WithColumns` or without.
-        mesh: devices of all hosts (static).
+        mesh: devices of all hosts (static); for estimates of memory alone, an `AbstractMesh`.
         heads_axis: the mesh axis that splits query heads and KV heads; None splits none (static).
             With fewer KV heads than devices, each device has the one of its query heads.
         sequence_axis: the mesh axis that splits prompts; None splits none (static).

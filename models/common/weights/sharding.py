@@ -81,7 +81,7 @@ def shard_params(params: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
 def placed(path: str, leaf: jax.ShapeDtypeStruct, mesh: Mesh | None) -> jax.ShapeDtypeStruct:
     """The abstract parameter with its sharding: on the default device without a mesh."""
     if mesh is None:
-        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     else:
         sharding = param_sharding(path, leaf.shape, mesh)
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
