@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from minference_jax.kv_cache import KeptKV
-from models.common.cache import KVCache, attend_cached, from_stored, to_stored
+from models.common.cache import KVCache, attend_cached, from_stored, held, to_stored
 from models.common.placement import Placement
 from models.common.rope import rotation_tables
 from models.common.stack import ends_of, rotations, scan_layers
@@ -70,7 +70,7 @@ def run_prefill(
     if lengths is None:
         lengths = jnp.full(tokens.shape[0], tokens.shape[1], jnp.int32)
     logits = place.logits(ends_of(params, config).logits(last))
-    return logits, _cache(kept, lengths, rope_length), observed
+    return logits, _cache(kept, lengths, rope_length, place), observed
 
 
 @functools.partial(jax.jit, static_argnames=("config", "rows", "capacity", "observe"))
@@ -83,7 +83,8 @@ def run_hidden(
         capacity=capacity, observe=observe, compression=None,
     )  # fmt: skip
     take = lambda x, length: jax.lax.dynamic_slice_in_dim(x, jnp.maximum(length - rows, 0), rows)
-    return jax.vmap(take)(x, lengths), _cache(kept, lengths, rope_length), observed
+    cache = _cache(kept, lengths, rope_length, Placement.of(attention_fn))
+    return jax.vmap(take)(x, lengths), cache, observed
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -156,6 +157,7 @@ def _read_chunks(
                 state,
                 (k, v),
             )
+            state = held(state, place.of_cache(config.num_kv_heads))
             k, v = jax.tree.map(lambda store: store[layer], state)
             out, seen = observe(attention, q, k, v, lengths=real, q_offset=q_offset)
             return out, state, seen
@@ -170,8 +172,8 @@ def _read_chunks(
         return (keys, values, last), seen
 
     start = (
-        place.cache(jnp.zeros(room, dtype)),
-        place.cache(jnp.zeros(room, dtype)),
+        jnp.zeros(room, dtype),
+        jnp.zeros(room, dtype),
         jnp.zeros((batch, config.embed_dim), dtype),
     )
     offsets = jnp.arange(num_chunks, dtype=jnp.int32) * chunk_size
@@ -200,6 +202,7 @@ def run_extend(params, tokens, lengths, cache, *, config, attention_fn, observe)
             state,
             to_stored(k, v, scales, cache.keys.dtype),
         )
+        state = held(state, cache.sharding)
         k, v = jax.tree.map(lambda store: store[layer], state)
         k, v = from_stored(k, v, scales, q.dtype)
         out, seen = observe(attention, q, k, v, lengths=stored + lengths, q_offset=q_offset)
@@ -211,7 +214,11 @@ def run_extend(params, tokens, lengths, cache, *, config, attention_fn, observe)
     )  # fmt: skip
     logits = Placement.of(attention_fn).logits(ends.logits(_row_at(x, lengths - 1)))
     counts = (cache.stored + lengths[None, :], cache.lengths + lengths, cache.rope_length)
-    return logits, KVCache(keys, values, *counts, scales=cache.scales), seen
+    return (
+        logits,
+        KVCache(keys, values, *counts, scales=cache.scales, sharding=cache.sharding),
+        seen,
+    )
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -229,6 +236,7 @@ def run_decode_step(params, token, cache, *, config):
             state,
             to_stored(k, v, scales, cache.keys.dtype),
         )
+        state = held(state, cache.sharding)
         k, v = jax.tree.map(lambda store: store[layer], state)
         return attend_cached(q, k, v, stored + 1, scales), state, None
 
@@ -240,7 +248,7 @@ def run_decode_step(params, token, cache, *, config):
     room = jnp.max(cache.stored, axis=0) < cache.capacity
     logits = jnp.where(room[:, None], logits, jnp.nan)
     counts = (cache.stored + 1, cache.lengths + 1, cache.rope_length)
-    return logits, KVCache(keys, values, *counts, scales=cache.scales)
+    return logits, KVCache(keys, values, *counts, scales=cache.scales, sharding=cache.sharding)
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -249,10 +257,12 @@ def run_embedding(params, tokens, *, config):
     return ends_of(params, config).embed(tokens)
 
 
-def _cache(kept, lengths, rope_length):
+def _cache(kept, lengths, rope_length, place):
     """The cache of all layers after a prompt."""
     counts = (count.astype(jnp.int32) for count in (kept.stored, lengths, rope_length))
-    return KVCache(kept.keys, kept.values, *counts, scales=kept.scales)
+    sharding = place.of_cache(kept.keys.shape[3])
+    keys, values = held((kept.keys, kept.values), sharding)
+    return KVCache(keys, values, *counts, scales=kept.scales, sharding=sharding)
 
 
 def _row_at(x: Float[Array, "batch s embed"], row: Int[Array, " batch"]) -> Array:

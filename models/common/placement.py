@@ -62,12 +62,14 @@ class Placement:
         """Rows of tokens, on the devices that compute them."""
         return x if self.attention is None else self._on(x, None, self.attention.sequence_axis)
 
-    def cache(self, x: Float[Array, "layers batch slots kv_heads head_dim"]) -> Array:
-        """The cache of prompts that are read in chunks."""
+    def of_cache(self, kv_heads: int) -> NamedSharding | None:
+        """How keys and values `[layers, batch, slots, kv_heads, head_dim]` lie on the devices."""
         if self.attention is None:
-            return x
-        split = x.shape[3] % self.attention.head_devices == 0
-        return self._on(x, None, None, None, self.attention.heads_axis if split else None)
+            return None
+        split = kv_heads % self.attention.head_devices == 0
+        heads = self.attention.heads_axis if split else None
+        spec = PartitionSpec(None, None, self.attention.sequence_axis, heads)
+        return NamedSharding(self.attention.auto_mesh, spec)
 
     def logits(self, x: Float[Array, "batch vocab"]) -> Float[Array, "batch vocab"]:
         """Logits, whole on every device; each computes those of its part of the vocabulary."""

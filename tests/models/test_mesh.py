@@ -17,6 +17,7 @@ from models.common.cache import KVCache
 from models.common.capture import read_hidden
 from models.common.decoder import extend, forward, prefill
 from models.common.generate import decode_greedily
+from models.common.passes import run_decode_step
 from models.common.weights.table import flatten_paths
 from tests.models.checkpoints import golden, write_hf
 from tests.models.tiny import CONFIG, random_tokens, tiny_params
@@ -75,9 +76,15 @@ def check_answer(found, want):
 
 @pytest.mark.parametrize(("heads", "sequence"), [(4, 1), (1, 2)])
 def test_prompts_of_several_lengths_are_answered_as_on_one_device(heads, sequence):
-    found = answer(*spread(DENSE, heads, sequence))
+    params, attention = spread(DENSE, heads, sequence)
+    found = answer(params, attention)
     check_answer(found, on_one_device())
     cache = found[1]
+    # The cache stays where it is while a token is added to it.
+    step = run_decode_step.lower(params, TOKENS[:, 0], cache, config=MODEL).compile()
+    assert "all-reduce" in step.as_text()
+    assert "all-gather" not in step.as_text()
+    cache = step(params, TOKENS[:, 0], cache)[1]
     # Four devices have two KV heads: all of them.
     assert cache.keys.addressable_shards[0].data.shape[2:4] == (cache.capacity // sequence, 2)
     assert cache.capacity == (54 if sequence == 1 else 64)
