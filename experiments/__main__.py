@@ -6,7 +6,9 @@ from typing import Annotated
 
 import tyro
 
-from experiments.common.errors import parse_reporting_errors, run_reporting_errors
+from experiments.common.command import PromptCommand
+from experiments.common.devices import join_processes
+from experiments.common.errors import UserError, parse_reporting_errors, run_reporting_errors
 from experiments.compare.command import Compare, CompareSummary
 from experiments.generate import Generate
 from experiments.infinitebench.command import InfiniteBench
@@ -53,9 +55,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
 
     def command() -> None:
+        several = join_processes()
         parsed = parse_reporting_errors(
             lambda: tyro.cli(Command, args=argv, prog="minference", description=DESCRIPTION)
         )
+        if several and not isinstance(parsed, PromptCommand):
+            raise UserError("only `generate` and `prefill` run as several processes")
         parsed.run()
 
     return run_reporting_errors(command)

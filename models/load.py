@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from models.common.checks import check_split
 from models.common.config import DecoderConfig, RopeScaling
 from models.common.decoder import abstract_params
 from models.common.tokenizer import Tokenizer, load_tokenizer, read_json
@@ -20,7 +21,7 @@ from models.common.weights.gguf import GGUFFile
 from models.common.weights.orbax import CHECKPOINT_CONFIG, load_checkpoint, read_config
 from models.common.weights.rope_scaling import scaling_from_mapping
 from models.common.weights.safetensors import SafetensorsDirectory
-from models.common.weights.sharding import placed
+from models.common.weights.sharding import MODEL_AXIS, placed
 from models.common.weights.table import Naming, TensorSource, flatten_paths, load_params
 from models.glm import convert as glm
 from models.llama import convert as llama
@@ -60,7 +61,8 @@ def load_model(
         source: a `.gguf` file, a Hugging Face directory, a directory made by `save_checkpoint`, or
             the id `organisation/name` of a model on the hub.
         dtype: of the parameters and the computation; float32 or bfloat16 (float16 works, too).
-        mesh: devices to spread the parameters over, along its axis "model"; one device if None.
+        mesh: devices to spread the parameters over, along its axis "model" (`attention_mesh`); one
+            device if None. Nowhere but on the host does a split parameter exist as a whole.
         tokenizer: a directory whose `tokenizer.json` replaces the source's own tokenizer.
         rope_scaling: replaces the source's; a config dataclass, or what `config.json` holds.
         max_position: replaces the source's context length, in tokens.
@@ -72,6 +74,7 @@ def load_model(
     Raises:
         LoadError: the source is missing, damaged, of an unsupported kind or incomplete. Everything
             that does not fit is listed at once, before any weight is read.
+        ValueError: the devices of the mesh cannot share the model evenly.
     """
     path, name = _located(source)
     own_tokenizer = None if tokenizer is None else Path(tokenizer).expanduser()
@@ -84,12 +87,19 @@ def load_model(
     opened = _open(path)
     words = opened.tokenizer() if own_tokenizer is None else load_tokenizer(own_tokenizer)
     target = abstract_params(opened.config, dtype)
+    if mesh is not None:
+        check_split(opened.config, mesh.shape.get(MODEL_AXIS, 1))
     shardings = {
         path: placed(path, leaf, mesh).sharding for path, leaf in flatten_paths(target).items()
     }
 
     def place(path: str, buffer: np.ndarray) -> jax.Array:
-        return jax.device_put(buffer, shardings[path])
+        if mesh is None:
+            return jax.device_put(buffer, shardings[path])
+        # Each device is given its part alone; the mesh may have devices of other hosts.
+        return jax.make_array_from_callback(
+            buffer.shape, shardings[path], lambda index: buffer[index]
+        )
 
     params = load_params(opened.tensors, opened.naming, target, place=place, on_tensor=on_tensor)
     config = _extended(opened.config, rope_scaling, max_position)

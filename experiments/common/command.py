@@ -3,14 +3,17 @@
 import dataclasses
 import hashlib
 import sys
+from typing import cast
 
 import numpy as np
+from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Int
 from rich.console import Console
 
 import minference_jax as mj
 from experiments.common.attention import AttentionOptions
 from experiments.common.compare import Task, check_drawn_head, draw, run_outcomes
+from experiments.common.devices import DeviceOptions, check_spread, is_first
 from experiments.common.errors import UserError
 from experiments.common.kv_cache import CacheOptions
 from experiments.common.memory import check_room, show_estimate
@@ -38,6 +41,7 @@ class PromptCommand:
     prompt: PromptOptions
     attention: AttentionOptions = dataclasses.field(default_factory=AttentionOptions)
     output: OutputOptions = dataclasses.field(default_factory=OutputOptions)
+    devices: DeviceOptions = dataclasses.field(default_factory=DeviceOptions)
 
 
 def run_prompt(
@@ -58,17 +62,20 @@ def run_prompt(
     Raises:
         UserError: an input cannot be used, or an output not be written.
     """
-    _check_chunks(config, cache)
-    progress, console = Console(stderr=True), Console()
+    _check_options(config, cache)
+    mesh, first = config.devices.build(), is_first()
+    progress, console = Console(stderr=True, quiet=not first), Console(quiet=not first)
     text = config.prompt.read()
-    config.output.check_writable()
+    if first:
+        config.output.check_writable()
     config.attention.check_readable()
     tokens, limit = None, device_memory()
-    if limit is not None:
-        memory, tokens = _plan(config, sampling, cache)
-        progress.print(f"memory: about {gib(memory.peak)} of {gib(limit)} GiB", highlight=False)
+    if limit is not None or mesh is not None:
+        memory, tokens = _plan(config, sampling, cache, mesh)
         check_room(memory, limit)
-    model = load(config.model, progress)
+        if limit is not None:
+            progress.print(f"memory: about {gib(memory.peak)} of {gib(limit)} GiB", highlight=False)
+    model = load(config.model, progress, mesh)
     config = dataclasses.replace(config, attention=config.attention.for_model(model, progress))
     attention = config.attention.build(
         num_layers=model.config.num_layers, num_heads=model.config.num_heads
@@ -84,6 +91,7 @@ def run_prompt(
         repeats=config.output.repeats,
         keep_index=config.output.plot is not None,
         cache=cache,
+        mesh=mesh,
     )
     outcomes = run_outcomes(
         task,
@@ -94,6 +102,8 @@ def run_prompt(
     )
     length = tokens.shape[1]
     show(console, prompt_tokens=length, outcomes=outcomes)
+    if not first:
+        return outcomes
     for path in draw(outcomes[0], output=config.output, length=length):
         console.print(f"picture: {path}")
     if config.output.record is not None:
@@ -114,20 +124,33 @@ def run_prompt(
 
 def show_plan(config: PromptCommand, *, cache: CacheOptions) -> None:
     """Prints the memory that reading the prompt would need; raises UserError if it does not fit."""
-    _check_chunks(config, cache)
-    memory, tokens = _plan(config, None, cache)
+    _check_options(config, cache)
+    memory, tokens = _plan(config, None, cache, config.devices.imagined())
     limit = device_memory()
-    show_estimate(Console(), memory, length=tokens.shape[1], limit=limit)
+    show_estimate(
+        Console(quiet=not is_first()),
+        memory,
+        length=tokens.shape[1],
+        limit=limit,
+        mesh=config.devices.mesh,
+    )
     check_room(memory, limit)
 
 
-def _check_chunks(config: PromptCommand, cache: CacheOptions) -> None:
+def _check_options(config: PromptCommand, cache: CacheOptions) -> None:
+    if config.devices.mesh is not None and config.output.plot is not None:
+        raise UserError("--plot needs the index of one device; leave out --mesh")
+    if config.devices.sizes[1] > 1 and config.model.chunk_size is not None:
+        raise UserError("--mesh with cp splits whole prompts; leave out --chunk-size, or take tp")
     if cache.kv_cache is not None and config.model.chunk_size is not None:
         raise UserError("--kv-cache needs the whole prompt at once; leave out --chunk-size")
 
 
 def _plan(
-    config: PromptCommand, sampling: SamplingOptions | None, cache: CacheOptions
+    config: PromptCommand,
+    sampling: SamplingOptions | None,
+    cache: CacheOptions,
+    mesh: Mesh | AbstractMesh | None,
 ) -> tuple[PrefillMemory, Int[np.ndarray, "1 length"]]:
     """Memory of the run that needs most, and the prompt's tokens; loads no weights."""
     model = sketch(config.model)
@@ -138,6 +161,11 @@ def _plan(
     runs = [(asked, cache.build(num_layers=layers))]
     if config.output.compare is not None:
         runs.append((mj.DenseAttention(), None))
+    if mesh is not None:
+        of_devices = cast(Mesh, mesh)
+        runs = [(mj.ShardedAttention(attention, of_devices), kept) for attention, kept in runs]
+    for attention, _ in runs:
+        check_spread(model, attention)
     estimates = [
         estimate_prefill(
             model.params, config=model.config, attention_fn=attention, batch=1, length=length,

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Int
 from rich.console import Console
 
@@ -32,6 +33,7 @@ class Task:
         repeats: timed runs of the prefill.
         keep_index: also keep what the attention asked for visited, to draw it.
         cache: what is kept of the prompt.
+        mesh: the devices that the model is on, None for one.
     """
 
     model: Model
@@ -41,6 +43,7 @@ class Task:
     repeats: int
     keep_index: bool
     cache: CacheOptions
+    mesh: Mesh | None
 
 
 def check_drawn_head(output: OutputOptions, model: Model) -> None:
@@ -73,7 +76,7 @@ def _outcome(task: Task, attention: Any, name: str, description: str, console: C
     run = run_prefill(
         task.model,
         task.tokens,
-        attention,
+        attention if task.mesh is None else mj.ShardedAttention(attention, task.mesh),
         name=name,
         console=console,
         max_new_tokens=1 if task.sampling is None else task.sampling.max_new_tokens,

@@ -53,7 +53,7 @@ def density_of(pairs: VisitedPairs) -> float:
 
 def peak_memory() -> int:
     """Returns the most memory held so far, in bytes: the device's, or on a CPU the process's."""
-    stats = jax.devices()[0].memory_stats() if jax.default_backend() != "cpu" else None
+    stats = jax.local_devices()[0].memory_stats() if jax.default_backend() != "cpu" else None
     if stats and "peak_bytes_in_use" in stats:
         return int(stats["peak_bytes_in_use"])
     unit = 1 if sys.platform == "darwin" else 1024

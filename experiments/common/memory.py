@@ -27,10 +27,16 @@ def check_room(memory: PrefillMemory | int, limit: int | None) -> None:
 
 
 def show_estimate(
-    console: Console, memory: PrefillMemory, *, length: int, limit: int | None
+    console: Console,
+    memory: PrefillMemory,
+    *,
+    length: int,
+    limit: int | None,
+    mesh: str | None,
 ) -> None:
     """Prints a prefill's parts, what it needs at once, and what the device has."""
-    table = Table(title=f"memory of a prefill of {length:,} tokens, estimated")
+    of_each = "" if mesh is None else f" for each device of {mesh}"
+    table = Table(title=f"memory of a prefill of {length:,} tokens, estimated{of_each}")
     table.add_column("part")
     table.add_column("GiB", justify="right")
     for part, size in memory._asdict().items():

@@ -9,11 +9,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 from rich.console import Console
 from tqdm import tqdm
 
 import minference_jax as mj
+from experiments.common.devices import on_host
 from experiments.common.errors import UserError, reported_as_user_error
 from experiments.common.measure import peak_memory, stage
 from experiments.common.memory import check_room
@@ -77,8 +79,8 @@ class Generation:
     seconds: float
 
 
-def load(options: LoadOptions, console: Console) -> Model:
-    """Loads a model with a progress bar; raises UserError if its source cannot be used."""
+def load(options: LoadOptions, console: Console, mesh: Mesh | None = None) -> Model:
+    """Loads a model, onto a mesh if given; raises UserError if its source cannot be used."""
     with (
         stage(console, f"loading {Path(options.model).name}"),
         tqdm(unit="tensor", leave=False, disable=None) as bar,
@@ -92,6 +94,7 @@ def load(options: LoadOptions, console: Console) -> Model:
         return load_model(
             options.model,
             dtype=options.jax_dtype,
+            mesh=mesh,
             tokenizer=options.tokenizer,
             rope_scaling=options.scaling,
             on_tensor=on_tensor,
@@ -214,7 +217,7 @@ def run_prefill(
             found = jax.block_until_ready(compiled(*arguments))
             seconds.append(time.perf_counter() - start)
     logits, cache, (pairs, index) = found
-    visited, causal = (np.asarray(count, np.float64).sum(axis=1)[:, 0] for count in pairs)
+    visited, causal = (on_host(count).astype(np.float64).sum(axis=1)[:, 0] for count in pairs)
     return PrefillRun(
         logits=np.asarray(logits[0], np.float32),
         cache=cache,

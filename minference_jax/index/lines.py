@@ -19,7 +19,7 @@ def last_query_scores(
     k: Float[Array, "batch kv_len kv_heads head_dim"],
     *,
     lengths: Int[Array, " batch"],
-    q_offset: Int[Array, ""],
+    q_offset: Int[Array, "*rows"],
     last_q: int,
 ) -> tuple[Float[Array, "batch heads kv_len"], Float[Array, "batch heads kv_len"]]:
     """Column and diagonal sums of the softmax of each row's last real queries (Algorithm 2)."""
@@ -36,7 +36,7 @@ def last_queries(
     q: Float[Array, "batch q_len heads head_dim"],
     *,
     lengths: Int[Array, " batch"],
-    q_offset: Int[Array, ""],
+    q_offset: Int[Array, "*rows"],
     last_q: int,
 ) -> tuple[Float[Array, "batch last_q heads head_dim"], Int[Array, " batch"]]:
     """The last real queries of each row and the position of the first of them.

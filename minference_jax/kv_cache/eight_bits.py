@@ -42,18 +42,24 @@ class EightBitKV:
         """The most keys that a layer keeps of a row."""
         return jnp.iinfo(jnp.int32).max if self.of is None else self.of.capacity
 
+    @property
+    def window(self) -> int:
+        """How many of each row's last queries it reads."""
+        return 0 if self.of is None else self.of.window
+
     def __call__(
         self,
-        q: Float[Array, "batch kv_len heads head_dim"],
+        q: Float[Array, "batch q_len heads head_dim"],
         k: Float[Array, "batch kv_len kv_heads head_dim"],
         v: Float[Array, "batch kv_len kv_heads head_dim"],
         *,
         lengths: Int[Array, " batch"] | None = None,
+        q_start: Int[Array, " batch"] | None = None,
     ) -> KeptKV:
         """What stays of one layer; see `KVCompression`."""
-        check_prompt_shapes(q, k, v, lengths)
+        check_prompt_shapes(q, k, v, lengths, q_start)
         if self.of is not None:
-            kept = self.of(q, k, v, lengths=lengths)
+            kept = self.of(q, k, v, lengths=lengths, q_start=q_start)
         else:
             every = jnp.full(k.shape[0], k.shape[1], jnp.int32)
             kept = KeptKV(k, v, every if lengths is None else lengths)

@@ -74,18 +74,19 @@ class PyramidKV:
 
     def __call__(
         self,
-        q: Float[Array, "batch kv_len heads head_dim"],
+        q: Float[Array, "batch q_len heads head_dim"],
         k: Float[Array, "batch kv_len kv_heads head_dim"],
         v: Float[Array, "batch kv_len kv_heads head_dim"],
         *,
         lengths: Int[Array, " batch"] | None = None,
+        q_start: Int[Array, " batch"] | None = None,
     ) -> KeptKV:
         """What stays of one layer; see `KVCompression`.
 
         Raises:
             ValueError: shapes disagree, or this is the compression of a whole model.
         """
-        check_prompt_shapes(q, k, v, lengths)
+        check_prompt_shapes(q, k, v, lengths, q_start)
         if jnp.ndim(self.layer):
             raise ValueError(
                 f"this is the compression of {self.num_layers} layers: give one layer its own with "
@@ -94,6 +95,7 @@ class PyramidKV:
         if lengths is None:
             lengths = jnp.full(k.shape[0], k.shape[1], jnp.int32)
         return keep_voted(
-            q, k, v, lengths=lengths, budgets=self.layer_budgets(lengths), capacity=self.capacity,
-            window=self.window, kernel_size=self.kernel_size, pooling=self.pooling,
+            q, k, v, lengths=lengths, q_start=q_start, budgets=self.layer_budgets(lengths),
+            capacity=self.capacity, window=self.window, kernel_size=self.kernel_size,
+            pooling=self.pooling,
         )  # fmt: skip

@@ -49,21 +49,22 @@ class SnapKV:
 
     def __call__(
         self,
-        q: Float[Array, "batch kv_len heads head_dim"],
+        q: Float[Array, "batch q_len heads head_dim"],
         k: Float[Array, "batch kv_len kv_heads head_dim"],
         v: Float[Array, "batch kv_len kv_heads head_dim"],
         *,
         lengths: Int[Array, " batch"] | None = None,
+        q_start: Int[Array, " batch"] | None = None,
     ) -> KeptKV:
         """What stays of one layer; see `KVCompression`."""
-        check_prompt_shapes(q, k, v, lengths)
+        check_prompt_shapes(q, k, v, lengths, q_start)
         batch, kv_len = k.shape[:2]
         if lengths is None:
             lengths = jnp.full(batch, kv_len, jnp.int32)
         budgets = jnp.full(batch, self.budget, jnp.int32)
         return keep_voted(
-            q, k, v, lengths=lengths, budgets=budgets, capacity=self.capacity, window=self.window,
-            kernel_size=self.kernel_size, pooling=self.pooling,
+            q, k, v, lengths=lengths, q_start=q_start, budgets=budgets, capacity=self.capacity,
+            window=self.window, kernel_size=self.kernel_size, pooling=self.pooling,
         )  # fmt: skip
 
 
@@ -84,11 +85,12 @@ def check_vote(compression) -> None:
 
 
 def keep_voted(
-    q: Float[Array, "batch kv_len heads head_dim"],
+    q: Float[Array, "batch q_len heads head_dim"],
     k: Float[Array, "batch kv_len kv_heads head_dim"],
     v: Float[Array, "batch kv_len kv_heads head_dim"],
     *,
     lengths: Int[Array, " batch"],
+    q_start: Int[Array, " batch"] | None = None,
     budgets: Int[Array, " batch"],
     capacity: int,
     window: int,
@@ -102,6 +104,7 @@ def keep_voted(
         k: keys.
         v: values.
         lengths: real tokens of each row.
+        q_start: as in `KVCompression`.
         budgets: keys to keep of each row, at least `window`.
         capacity: the largest budget that there can be.
         window: last queries that vote; their keys are always kept.
@@ -110,7 +113,8 @@ def keep_voted(
     """
     batch, kv_len, kv_heads, _ = k.shape
     slots = min(capacity, kv_len)
-    votes, _ = last_query_scores(q, k, lengths=lengths, q_offset=jnp.int32(0), last_q=window)
+    q_offset = jnp.int32(0) if q_start is None else q_start
+    votes, _ = last_query_scores(q, k, lengths=lengths, q_offset=q_offset, last_q=window)
     votes = jnp.sum(votes.reshape(batch, kv_heads, -1, kv_len), axis=2)
     position = jnp.arange(kv_len)
 

@@ -48,13 +48,19 @@ class KVCompression(Protocol):
         """The most keys that a layer keeps of a row (static)."""
         ...
 
+    @property
+    def window(self) -> int:
+        """How many of each row's last queries it reads (static)."""
+        ...
+
     def __call__(
         self,
-        q: Float[Array, "batch kv_len heads head_dim"],
+        q: Float[Array, "batch q_len heads head_dim"],
         k: Float[Array, "batch kv_len kv_heads head_dim"],
         v: Float[Array, "batch kv_len kv_heads head_dim"],
         *,
         lengths: Int[Array, " batch"] | None = None,
+        q_start: Int[Array, " batch"] | None = None,
     ) -> KeptKV:
         """Chooses among a prompt's keys, once for all query heads that share them.
 
@@ -63,6 +69,8 @@ class KVCompression(Protocol):
             k: keys, after rotary embedding.
             v: values.
             lengths: real tokens of each row, all of them if None.
+            q_start: position of each row's first query, where `q` is only the last `window` real
+                queries; the whole prompt if None.
 
         Returns:
             `min(capacity, kv_len)` slots. A row that fits its budget is kept whole, as it is.
@@ -73,11 +81,13 @@ class KVCompression(Protocol):
         ...
 
 
-def check_prompt_shapes(q: Array, k: Array, v: Array, lengths: Array | None) -> None:
+def check_prompt_shapes(
+    q: Array, k: Array, v: Array, lengths: Array | None, q_start: Array | None
+) -> None:
     """Raises ValueError unless these are queries, keys and values of one whole prompt."""
     check_attention_shapes(q, k, v)
     check_lengths(lengths, q.shape[0], k.shape[1])
-    if q.shape[1] != k.shape[1]:
+    if q_start is None and q.shape[1] != k.shape[1]:
         raise ValueError(
             f"`q` has {q.shape[1]} rows and `k` {k.shape[1]}: what is kept is chosen once, after "
             "the whole prompt, from its queries and keys"

@@ -32,8 +32,19 @@ def attention_mesh(
     Args:
         heads: devices that share the heads (tensor parallel).
         sequence: devices that share a prompt (context parallel).
-        devices: all devices of all hosts if None.
+        devices: all devices of all hosts if None; those beyond `sequence` x `heads` stay idle.
+
+    Raises:
+        ValueError: there are not so many devices.
     """
+    found = len(jax.devices() if devices is None else devices)
+    if heads < 1 or sequence < 1 or heads * sequence > found:
+        raise ValueError(
+            f"a mesh of {sequence} x {heads} devices (`sequence` x `heads`) needs "
+            f"{sequence * heads}, there are {found}: take smaller numbers from 1 on, or try it on "
+            "a CPU with XLA_FLAGS=--xla_force_host_platform_device_count="
+            f"{max(1, heads * sequence)}"
+        )
     names = (SEQUENCE_AXIS, HEADS_AXIS)
     kinds = (AxisType.Auto, AxisType.Auto)
     return jax.make_mesh((sequence, heads), names, axis_types=kinds, devices=devices)
@@ -55,7 +66,7 @@ class ShardedAttention:
         attention: any attention for heads alone; over a sequence axis `SparseAttention`,
             `DenseAttention`, or `AdaptiveAttention` by BlockThreshold, BlockMass or XAttention,
             `WithColumns` or without.
-        mesh: devices of all hosts (static).
+        mesh: devices of all hosts (static); for estimates of memory alone, an `AbstractMesh`.
         heads_axis: the mesh axis that splits query heads and KV heads; None splits none (static).
             With fewer KV heads than devices, each device has the one of its query heads.
         sequence_axis: the mesh axis that splits prompts; None splits none (static).
@@ -83,6 +94,26 @@ class ShardedAttention:
                 )
 
     layer = take_layer
+
+    @property
+    def head_devices(self) -> int:
+        """Devices that share the heads."""
+        return 1 if self.heads_axis is None else self.mesh.shape[self.heads_axis]
+
+    @property
+    def prompt_devices(self) -> int:
+        """Devices that share a prompt."""
+        return 1 if self.sequence_axis is None else self.mesh.shape[self.sequence_axis]
+
+    @property
+    def auto_mesh(self) -> Mesh:
+        """The mesh with automatic axes, whatever kind the caller's are."""
+        return Mesh(self.mesh.devices, self.mesh.axis_names)
+
+    @property
+    def block_q(self) -> int:
+        """Query rows of a tile: chunks of a split prompt are whole tiles."""
+        return getattr(self.attention, "layout", self.attention).block_q
 
     def __call__(
         self,
@@ -123,7 +154,7 @@ class ShardedAttention:
         attention = _decided(self.attention, q, k)
 
         queries = keys = PartitionSpec(None, self.sequence_axis, self.heads_axis)
-        if k.shape[2] < self._size(self.heads_axis):
+        if k.shape[2] < self.head_devices:
             keys = PartitionSpec(None, self.sequence_axis)
         arrays = jax.tree_util.tree_map_with_path(
             functools.partial(self._spec_of_array, heads={q.shape[2], k.shape[2]}), attention
@@ -131,7 +162,7 @@ class ShardedAttention:
         everywhere = PartitionSpec()
         run = jax.shard_map(
             functools.partial(self._on_device, kv_heads=k.shape[2], count=count),
-            mesh=Mesh(self.mesh.devices, self.mesh.axis_names),
+            mesh=self.auto_mesh,
             in_specs=(arrays, queries, keys, keys, everywhere, everywhere),
             out_specs=(queries, PartitionSpec(None, self.heads_axis)),
             check_vma=False,  # kernels loop as long as their data says
@@ -140,12 +171,12 @@ class ShardedAttention:
 
     def _on_device(self, attention, q, k, v, lengths, q_offset, *, kv_heads, count):
         """The output of this device's heads and rows, and the pairs of its heads."""
-        if kv_heads < self._size(self.heads_axis):
-            own = jax.lax.axis_index(self.heads_axis) * kv_heads // self._size(self.heads_axis)
+        if kv_heads < self.head_devices:
+            own = jax.lax.axis_index(self.heads_axis) * kv_heads // self.head_devices
             k, v = (jax.lax.dynamic_slice_in_dim(x, own, 1, axis=2) for x in (k, v))
         axis = self.sequence_axis
-        kv_len = k.shape[1] * self._size(axis)
-        if axis is not None and self._size(axis) > 1:
+        kv_len = k.shape[1] * self.prompt_devices
+        if axis is not None and self.prompt_devices > 1:
             chunks = attend_by_parts(attention, q, k, v, lengths=lengths, axis=axis)
         elif count:
             chunks = [(*attention.attend(q, k, v, lengths=lengths, q_offset=q_offset), q_offset)]
@@ -162,13 +193,10 @@ class ShardedAttention:
         pairs = jax.tree.map(lambda *x: sum(x), *counts)
         return out, pairs if axis is None else jax.lax.psum(pairs, axis)
 
-    def _size(self, axis):
-        return 1 if axis is None else self.mesh.shape[axis]
-
     def _spec_of_array(self, path, leaf, *, heads):
         """Arrays of the attention are [heads, ...] (or of KV heads), or the same for all heads."""
         shape = jnp.shape(leaf)
-        if shape in ((), (1,)) or self._size(self.heads_axis) == 1:
+        if shape in ((), (1,)) or self.head_devices == 1:
             return PartitionSpec()
         if shape[0] in heads:
             return PartitionSpec(self.heads_axis)
@@ -177,9 +205,17 @@ class ShardedAttention:
             f"with the heads must begin with an axis of one of {sorted(heads)}"
         )
 
+    def check_prompt_split(self) -> None:
+        """Raises ValueError where prompts are to be split and the attention cannot do so."""
+        if self.prompt_devices > 1 and (reason := why_not_by_parts(self.attention)):
+            raise ValueError(
+                f"{reason}, so prompts cannot be split over the mesh axis {self.sequence_axis!r}; "
+                "split heads alone"
+            )
+
     def _check(self, q, k, q_offset):
         """Raises ValueError where heads, prompt or attention cannot be split."""
-        devices, parts = self._size(self.heads_axis), self._size(self.sequence_axis)
+        devices, parts = self.head_devices, self.prompt_devices
         for name, x in (("query", q), ("KV", k)):
             fewer = name == "KV" and devices % x.shape[2] == 0
             if x.shape[2] % devices and not fewer:
@@ -197,22 +233,17 @@ class ShardedAttention:
             )
         if parts == 1:
             return
-        if reason := why_not_by_parts(self.attention):
-            raise ValueError(
-                f"{reason}, so prompts cannot be split over the mesh axis {self.sequence_axis!r}; "
-                "split heads alone"
-            )
-        block_q = self.attention.block_q if layout is None else layout.block_q
+        self.check_prompt_split()
         if q.shape[1] != k.shape[1] or q_offset is not None:
             raise ValueError(
                 f"only whole prompts are split over the mesh axis {self.sequence_axis!r}, got "
                 f"{q.shape[1]} queries for {k.shape[1]} keys, `q_offset` {q_offset}: prefill "
                 "without chunks (leave out `chunk_size`)"
             )
-        if q.shape[1] % (2 * parts * block_q):
+        if q.shape[1] % (2 * parts * self.block_q):
             raise ValueError(
                 f"{q.shape[1]} rows do not make {2 * parts} chunks of whole query tiles of "
-                f"{block_q}; pad them to `padded_length(length, {parts}, {block_q})`"
+                f"{self.block_q}; pad them to `padded_length(length, {parts}, {self.block_q})`"
             )
 
 

@@ -63,7 +63,7 @@ def attend_by_parts(
         lengths: real keys of each prompt.
         axis: the mesh axis over which prompts are split.
     """
-    k, v = (_gather(x, axis) for x in (k, v))
+    k, v = (gather_rows(x, axis) for x in (k, v))
     offsets = _offsets(q.shape[1] // 2, axis)
     attentions = _of_chunks(attention, q, k, lengths, offsets, axis)
     chunks = zip(attentions, jnp.split(q, 2, axis=1), offsets, strict=True)
@@ -101,7 +101,7 @@ def _halves(index):
     return [dataclasses.replace(index, **take(half)) for half in range(2)]
 
 
-def _gather(x, axis):
+def gather_rows(x, axis):
     """All rows [batch, all rows, ...], in the order of the prompt."""
     parts = jax.lax.axis_size(axis)
     x = jax.lax.all_gather(x, axis, axis=1, tiled=True)
@@ -118,7 +118,7 @@ def _offsets(chunk, axis):
 
 def _line_scores(q, k, lengths, axis, wanted):
     """`last_query_scores` of the whole prompt, by all devices alike; 0 where not `wanted`."""
-    last, first = _last_queries(q, k.shape[1], lengths, axis)
+    last, first = gather_last_queries(q, k.shape[1], lengths, axis, LAST_Q)
     nothing = jnp.zeros((q.shape[0], q.shape[2], k.shape[1]), jnp.float32)
     return jax.lax.cond(
         wanted,
@@ -127,10 +127,10 @@ def _line_scores(q, k, lengths, axis, wanted):
     )
 
 
-def _last_queries(q, length, lengths, axis):
+def gather_last_queries(q, length, lengths, axis, last_q):
     """`lines.last_queries` of the whole prompt: each device gives the rows that it holds."""
     chunk = q.shape[1] // 2
-    last_q = min(LAST_Q, length)
+    last_q = min(last_q, length)
     first = jnp.clip(lengths - last_q, 0, length - last_q)
     position = first[:, None] + jnp.arange(last_q)[None, :]
     early, late = _offsets(chunk, axis)

@@ -5,6 +5,7 @@ from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Float, Int, Num
 
 from minference_jax.kv_cache import KVCompression, KVScales
@@ -25,6 +26,8 @@ class KVCache:
         lengths: `[batch]` int32, tokens read of each row; also the position of its next token.
         rope_length: `[batch]` int32, the length that chose each row's rotary frequencies.
         scales: of keys and values in 8 bits, `[layers, batch, kv_heads, head_dim]`; else None.
+        sharding: how keys and values lie on several devices, and stay while tokens are read onto
+            them; None on one (static).
     """
 
     keys: Num[Array, "layers batch capacity kv_heads head_dim"]
@@ -33,11 +36,17 @@ class KVCache:
     lengths: Int[Array, " batch"]
     rope_length: Int[Array, " batch"]
     scales: KVScales | None = None
+    sharding: NamedSharding | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def capacity(self) -> int:
         """Keys a layer can hold of a row."""
         return self.keys.shape[2]
+
+
+def held(stores: tuple[Array, Array], sharding: NamedSharding | None) -> tuple[Array, Array]:
+    """Keys and values of all layers, kept where they lie: the compiler might move them."""
+    return stores if sharding is None else jax.lax.with_sharding_constraint(stores, sharding)
 
 
 def kept_tokens(compression: KVCompression | None, length: int) -> int:

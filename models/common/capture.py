@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from minference_jax.types import AttentionFn
 from models.common.cache import KVCache
-from models.common.checks import check_attention, check_prompt
+from models.common.checks import check_attention, check_mesh, check_prompt
 from models.common.config import DecoderConfig
 from models.common.passes import Observe, run_embedding, run_hidden, run_logits
 from models.common.stack import Params, run_layer
@@ -163,6 +163,7 @@ def read_hidden(
     """
     check_prompt(tokens, lengths, config)
     check_attention(attention_fn, config.num_layers)
+    check_mesh(attention_fn, params, config, whole=False, what="`read_hidden`")
     length = tokens.shape[1]
     if not 1 <= rows <= length:
         raise ValueError(f"`rows` must be within 1..{length}, the prompts' length; got {rows}")

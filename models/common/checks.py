@@ -10,6 +10,7 @@ from jaxtyping import Array, Int
 from minference_jax import (
     AdaptiveAttention,
     IndexedAttention,
+    ShardedAttention,
     SparseAttention,
     StaticAttention,
 )
@@ -58,11 +59,71 @@ def check_context(length: int, config: DecoderConfig) -> None:
         )
 
 
+def check_split(config: DecoderConfig, devices: int) -> None:
+    """Raises ValueError when so many devices cannot share a model's parameters."""
+    shared = {
+        "query heads": config.num_heads,
+        "KV heads": config.num_kv_heads,
+        "MLP columns": config.hidden_dim,
+        "words of the vocabulary": config.vocab_size,
+    }
+
+    def uneven(devices: int) -> list[str]:
+        # Fewer KV heads than devices are on all of them.
+        few = devices % config.num_kv_heads == 0
+        return [
+            f"{size} {name}"
+            for name, size in shared.items()
+            if size % devices and not (name == "KV heads" and few)
+        ]
+
+    if found := uneven(devices):
+        fits = [str(n) for n in range(1, config.num_heads + 1) if not uneven(n)]
+        raise ValueError(
+            f"{devices} devices cannot share the model evenly, it has {', '.join(found)}; split it "
+            f"over {' or '.join(fits)} (other devices of the mesh can share the prompt)"
+        )
+
+
+def check_mesh(
+    attention_fn: Any, params: Any, config: DecoderConfig, *, whole: bool, what: str
+) -> None:
+    """Raises ValueError when a pass cannot run on the mesh of its attention.
+
+    Args:
+        attention_fn: any attention; one for a single device passes.
+        params: the parameters, which have to be on the mesh.
+        config: the model's hyper-parameters.
+        whole: the pass reads whole prompts, and so can split them.
+        what: what it is called, for the error.
+    """
+    if not isinstance(attention_fn, ShardedAttention):
+        return
+    check_split(config, attention_fn.head_devices)
+    attention_fn.check_prompt_split()
+    if attention_fn.prompt_devices > 1 and not whole:
+        raise ValueError(
+            f"{what} cannot run with prompts split over {attention_fn.prompt_devices} devices: "
+            "only `prefill` and `generate` without `chunk_size` can; take a mesh that splits heads "
+            "alone, `attention_mesh(heads=…)`"
+        )
+    for leaf in jax.tree.leaves(params):
+        if not isinstance(leaf, jax.Array) or not is_concrete(leaf):
+            continue
+        if leaf.sharding.device_set != set(attention_fn.mesh.devices.flat):
+            raise ValueError(
+                f"the parameters are on {len(leaf.sharding.device_set)} device(s), but the "
+                f"attention's mesh has {attention_fn.mesh.size} (others, perhaps): "
+                "`load_model(…, mesh=mesh)`, or `shard_params(params, mesh)`"
+            )
+
+
 def check_attention(attention_fn: Any, num_layers: int) -> None:
     """Raises when `attention_fn` is no pytree of arrays with a leading `[layers]` axis."""
     # The arrays of these are for heads, so without layers they have one axis or none.
     kinds = (AdaptiveAttention, IndexedAttention, SparseAttention, StaticAttention)
-    of_heads = isinstance(attention_fn, kinds)
+    inner = attention_fn.attention if isinstance(attention_fn, ShardedAttention) else attention_fn
+    of_heads = isinstance(inner, kinds)
     for path, leaf in jax.tree_util.tree_leaves_with_path(attention_fn):
         name = f"`attention_fn`{jax.tree_util.keystr(path)}"
         if callable(leaf):
@@ -72,7 +133,7 @@ def check_attention(attention_fn: Any, num_layers: int) -> None:
             )
         shape = jnp.shape(leaf)
         if of_heads and len(shape) < 2:
-            adaptive = isinstance(attention_fn, AdaptiveAttention)
+            adaptive = isinstance(inner, AdaptiveAttention)
             advice = f": `attention.for_layers({num_layers})`" if adaptive else ""
             raise ValueError(
                 f"{name} has shape {shape}, so this is the attention of one layer; pass one for "

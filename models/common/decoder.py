@@ -29,6 +29,7 @@ from models.common.checks import (
     check_compression,
     check_continuation,
     check_extension,
+    check_mesh,
     check_prompt,
 )
 from models.common.config import DecoderConfig
@@ -77,6 +78,7 @@ def forward(
             vocabulary, lengths outside 1..s, or an attention for another number of layers.
     """
     rope_length = _check(tokens, lengths, rope_length, config=config, attention_fn=attention_fn)
+    check_mesh(attention_fn, params, config, whole=False, what="`forward`")
     return run_forward(
         params, tokens, lengths, rope_length, config=config, attention_fn=attention_fn
     )
@@ -101,10 +103,13 @@ def prefill(
         params: the tree described above.
         tokens: prompts, right-padded.
         config: the model's hyper-parameters.
-        attention_fn: a pytree whose array leaves have a leading `[layers]` axis.
+        attention_fn: a pytree whose array leaves have a leading `[layers]` axis. A
+            `ShardedAttention` spreads all of the prefill over its mesh, which the parameters have
+            to be on (`load_model(…, mesh=mesh)`, `shard_params`).
         lengths: real tokens of each row, all of them if None.
         capacity: tokens the cache can hold; if None, those of the prompt that it keeps: `s`, or
-            fewer with `compression`.
+            fewer with `compression`. Where prompts are split over devices, so is the cache, and it
+            has as many slots as that takes, or more.
         rope_length: the length each row will have in the end, `lengths` if None. It decides dynamic
             rotary frequencies once for the row's whole life, so generation passes prompt + new
             tokens.
@@ -112,7 +117,7 @@ def prefill(
             body.
         observe: `observe(attention, q, k, v, *, lengths, q_offset) -> (out, anything)`, called
             instead of each layer's attention, with the same arguments. It is how densities or q, k,
-            v are read.
+            v are read. Where prompts are split over devices, rows come in `balanced_order`, padded.
         compression: what each layer keeps of the prompt, everything if None; a pytree whose array
             leaves have a leading `[layers]` axis. The logits do not depend on it.
 
@@ -122,7 +127,8 @@ def prefill(
 
     Raises:
         ValueError: as `forward`, for a capacity or chunk size that does not fit, for a compression
-            for another number of layers, or together with a prompt in several chunks.
+            for another number of layers, or together with a prompt in several chunks, and for what
+            cannot run on the attention's mesh.
     """
     length = tokens.shape[1]
     if chunk_size is not None and chunk_size < 1:
@@ -135,6 +141,8 @@ def prefill(
         what = "the prompt's length" if compression is None else "what `compression` keeps"
         raise ValueError(f"`capacity` ({capacity}) must be at least {what} ({kept} tokens)")
     rope_length = _check(tokens, lengths, rope_length, config=config, attention_fn=attention_fn)
+    whole = chunk_size is None or chunk_size >= length
+    check_mesh(attention_fn, params, config, whole=whole, what="a prefill in chunks")
     logits, cache, observed = run_prefill(
         params,
         tokens,
@@ -184,6 +192,7 @@ def extend(
     """
     check_extension(tokens, lengths, cache, config)
     check_attention(attention_fn, config.num_layers)
+    check_mesh(attention_fn, params, config, whole=False, what="`extend`")
     if lengths is None:
         lengths = jnp.full(1, tokens.shape[1], jnp.int32)
     logits, cache, observed = run_extend(

@@ -16,6 +16,7 @@ from models.common.checks import (
     check_compression,
     check_context,
     check_continuation,
+    check_mesh,
     check_prompt,
     is_concrete,
 )
@@ -86,6 +87,8 @@ def generate(
         raise ValueError(f"`chunk_size` must be at least 1, got {chunk_size}")
     check_prompt(tokens, lengths, config)
     check_attention(attention_fn, config.num_layers)
+    whole = chunk_size is None or chunk_size >= tokens.shape[1]
+    check_mesh(attention_fn, params, config, whole=whole, what="a prefill in chunks")
     check_compression(compression, config.num_layers, tokens.shape[1], chunk_size)
     check_continuation(compression, max_new_tokens)
     longest = tokens.shape[1]

@@ -4,6 +4,7 @@ Modules only hold parameters and compute; caches go in and come out as values. S
 are those of the checkpoint tree described in `models.common.decoder`, for one layer.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -81,11 +82,14 @@ class DecoderLayer(nnx.Module):
         cos: Float[Array, "batch s half"],
         sin: Float[Array, "batch s half"],
         attend: Callable[..., tuple[Float[Array, "batch s heads head_dim"], Any]],
+        *,
+        parts: int = 1,
     ) -> tuple[Float[Array, "batch s embed"], Any]:
         """Computes the layer around `attend(q, k, v) -> (out, anything)`.
 
         Everything but `attend` works on rows, `TOKENS_PER_CHUNK` at a time, so that its memory does
-        not grow with the length times the MLP's width.
+        not grow with the length times the MLP's width. Of rows that lie on `parts` devices, each
+        takes so many of its own.
 
         Returns:
             The new residual stream and what `attend` returned beside its output.
@@ -99,11 +103,13 @@ class DecoderLayer(nnx.Module):
 
         empty = (heads(config.num_heads), heads(config.num_kv_heads), heads(config.num_kv_heads))
         with jax.named_scope("qkv"):
-            q, k, v = map_rows(lambda _, xs: self._project(*xs), empty, (x, cos, sin), rows=rows)
+            q, k, v = map_rows(
+                lambda _, xs: self._project(*xs), empty, (x, cos, sin), rows=rows, parts=parts
+            )
         with jax.named_scope("attention"):
             out, anything = attend(q, k, v)
         with jax.named_scope("mlp"):
-            x = map_rows(self._finish, x, out, rows=rows)
+            x = map_rows(self._finish, x, out, rows=rows, parts=parts)
         return x, anything
 
     def _project(self, x, cos, sin):
@@ -151,7 +157,9 @@ def rms_norm(config: DecoderConfig, *, dtype: Any, rngs: nnx.Rngs) -> nnx.RMSNor
     return nnx.RMSNorm(config.embed_dim, epsilon=config.norm_eps, param_dtype=dtype, rngs=rngs)
 
 
-def map_rows(fn: Callable[[Any, Any], Any], carry: Any, inputs: Any, *, rows: int) -> Any:
+def map_rows(
+    fn: Callable[[Any, Any], Any], carry: Any, inputs: Any, *, rows: int, parts: int = 1
+) -> Any:
     """Applies a row-wise function to at most `rows` rows (axis 1) at a time.
 
     Args:
@@ -160,10 +168,17 @@ def map_rows(fn: Callable[[Any, Any], Any], carry: Any, inputs: Any, *, rows: in
         carry: a pytree of `[batch, s, ...]` arrays, replaced slice by slice, in place under jit.
         inputs: a pytree of `[batch, s, ...]` arrays that are only read.
         rows: rows of a slice. The last `s % rows` rows make a shorter slice.
+        parts: equal runs of rows that lie on devices of their own: slices are taken of each.
 
     Returns:
         The new `carry`, equal to `fn(carry, inputs)`.
     """
+    if parts > 1:
+        split = lambda x: x.reshape(x.shape[0], parts, -1, *x.shape[2:])
+        of_part = functools.partial(map_rows, fn, rows=rows)
+        arrays = jax.tree.map(split, (carry, inputs))
+        carry = jax.vmap(of_part, in_axes=1, out_axes=1)(*arrays)
+        return jax.tree.map(lambda x: x.reshape(x.shape[0], -1, *x.shape[3:]), carry)
     length = jax.tree.leaves(carry)[0].shape[1]
     if length <= rows:
         return fn(carry, inputs)

@@ -14,21 +14,26 @@ import jax.numpy as jnp
 from minference_jax.kv_cache import KVCompression
 from minference_jax.types import AttentionFn
 from models.common.cache import kept_tokens
+from models.common.checks import check_mesh
 from models.common.config import DecoderConfig
 from models.common.layers import TOKENS_PER_CHUNK
 from models.common.passes import run_prefill
+from models.common.placement import Placement
 from models.common.stack import Params
+from models.common.weights.sharding import split_axis
+from models.common.weights.table import flatten_paths
 
 
 class PrefillMemory(NamedTuple):
-    """Bytes of each part of a prefill; `peak` is the most that exists at once.
+    """Bytes of each part of a prefill on a device; `peak` is the most that exists at once.
 
     Attributes:
         weights: the parameters.
         cache: keys and values of all layers, as they are kept.
         stream: residual stream and rotary tables of the tokens read at once.
         qkv: queries, keys and values of one layer. In a prompt read in chunks, keys and values are
-            a copy of the layer's cache.
+            a copy of the layer's cache; of a prompt on several devices, those of all of them come
+            together, and exist twice while they are put in order.
         output: of one layer's attention.
         index: of one layer's attention: what it visits.
         layer: what the loop over layers copies: parameters of one layer, and what a compression
@@ -65,30 +70,69 @@ def estimate_prefill(
     chunk_size: int | None = None,
     compression: KVCompression | None = None,
 ) -> PrefillMemory:
-    """Estimates the memory of `models.common.decoder.prefill` on one device; computes nothing.
+    """Estimates the memory of `models.common.decoder.prefill` on each device; computes nothing.
 
     What an attention needs beside its index (gathered columns, scores while it is estimated) is not
-    counted, nor is what `observe` returns. Compiled programs can be asked for everything:
-    `compiled.memory_analysis()`.
+    counted, nor is what `observe` returns. An index is counted as if each device of a prompt found
+    that of the whole prompt for its heads: it is smaller where it is made of blocks. Compiled
+    programs can be asked for everything: `compiled.memory_analysis()`.
 
     Args:
         params: the parameters, or their shapes (`abstract_params`).
         config: the model's hyper-parameters.
-        attention_fn: as in `prefill`.
+        attention_fn: as in `prefill`; the mesh of a `ShardedAttention` may be a
+            `jax.sharding.AbstractMesh`, of devices that there are not.
         batch: prompts read together.
         length: tokens of each, padding included.
         new_tokens: room in the cache for tokens after the prompt.
         chunk_size: prompt tokens read at once, all if None.
         compression: as in `prefill`.
     """
+    place = Placement.of(attention_fn)
+    heads_on = 1 if place.attention is None else place.attention.head_devices
+    if place.attention is not None:
+        whole = chunk_size is None or chunk_size >= length
+        check_mesh(attention_fn, None, config, whole=whole, what="a prefill in chunks")
+        attention_fn = place.attention.attention
+    capacity = kept_tokens(compression, length) + new_tokens
+    cache, index, logits = _shapes(
+        params, config=config, attention_fn=attention_fn, batch=batch, length=length,
+        capacity=place.capacity(capacity, compression, length), chunk_size=chunk_size,
+        compression=compression,
+    )  # fmt: skip
+    length = place.padded(length)
+    at_once = length // place.parts if chunk_size is None else min(chunk_size, length)
+    steps = config.num_layers * (1 if chunk_size is None else -(-length // at_once))
+    own_kv_heads = max(1, config.num_kv_heads // heads_on)
+    kv_heads = config.num_kv_heads if config.num_kv_heads < heads_on else own_kv_heads
+    cached = num_bytes(cache) * kv_heads // config.num_kv_heads // place.parts
+    weights, of_layers = (
+        _weights(part, heads_on) for part in (params, {"layers": params["layers"]})
+    )
     size = jnp.dtype(params["embed"]["embedding"].dtype).itemsize
-    at_once = length if chunk_size is None else min(chunk_size, length)
+    row = config.head_dim * size * batch
+    keys = length if chunk_size is not None and at_once < length else at_once
+    gathered = 2 * 2 * own_kv_heads * length * row if place.parts > 1 else 0
+    chunk = min(TOKENS_PER_CHUNK, batch * at_once)
+    return PrefillMemory(
+        weights=weights,
+        cache=cached,
+        stream=batch * at_once * (config.embed_dim * size + 4 * config.rope.rotary_dim),
+        qkv=(config.num_heads // heads_on * at_once + 2 * kv_heads * keys) * row + gathered,
+        output=config.num_heads // heads_on * at_once * row,
+        index=num_bytes(index) // steps // heads_on,
+        layer=(of_layers + (0 if compression is None else cached)) // config.num_layers,
+        chunk=chunk * size * (3 * config.hidden_dim // heads_on + config.embed_dim),
+        logits=num_bytes(logits),
+    )
+
+
+def _shapes(
+    params, *, config, attention_fn, batch, length, capacity, chunk_size, compression
+) -> tuple[Any, Any, Any]:
+    """Cache, index and logits of a prefill on one device, as shapes."""
     read = functools.partial(
-        run_prefill,
-        config=config,
-        capacity=kept_tokens(compression, length) + new_tokens,
-        chunk_size=chunk_size,
-        observe=_observe_index,
+        run_prefill, config=config, capacity=capacity, chunk_size=chunk_size, observe=_observe_index
     )
     tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32)
     rows = jax.ShapeDtypeStruct((batch,), jnp.int32)
@@ -98,23 +142,16 @@ def estimate_prefill(
         ),
         params, tokens, rows, attention_fn, compression,
     )  # fmt: skip
-    steps = config.num_layers * -(-length // at_once)
-    kept = 0 if compression is None else num_bytes(cache)
-    layer = (num_bytes(params["layers"]) + kept) // config.num_layers
-    heads = config.head_dim * size * batch
-    keys = length if at_once < length else at_once
-    chunk = min(TOKENS_PER_CHUNK, batch * at_once)
-    return PrefillMemory(
-        weights=num_bytes(params),
-        cache=num_bytes(cache),
-        stream=batch * at_once * (config.embed_dim * size + 4 * config.rope.rotary_dim),
-        qkv=(config.num_heads * at_once + 2 * config.num_kv_heads * keys) * heads,
-        output=config.num_heads * at_once * heads,
-        index=num_bytes(index) // steps,
-        layer=layer,
-        chunk=chunk * size * (3 * config.hidden_dim + config.embed_dim),
-        logits=num_bytes(logits),
-    )
+    return cache, index, logits
+
+
+def _weights(params: Params, devices: int) -> int:
+    """Bytes of a device's part of the parameters."""
+    parts = [
+        num_bytes(leaf) // (1 if split_axis(path, leaf.shape, devices) is None else devices)
+        for path, leaf in flatten_paths(params).items()
+    ]
+    return sum(parts)
 
 
 def device_memory() -> int | None:

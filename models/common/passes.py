@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from minference_jax.kv_cache import KeptKV
-from models.common.cache import KVCache, attend_cached, from_stored, to_stored
+from models.common.cache import KVCache, attend_cached, from_stored, held, to_stored
+from models.common.placement import Placement
 from models.common.rope import rotation_tables
 from models.common.stack import ends_of, rotations, scan_layers
 
@@ -27,14 +28,15 @@ Observe = Callable[..., tuple[Array, Any]]
 @functools.partial(jax.jit, static_argnames="config")
 def run_forward(params, tokens, lengths, rope_length, *, config, attention_fn):
     """Computes the logits of every position; see `models.common.decoder.forward`."""
-    ends = ends_of(params, config)
-    cos, sin = rotations(tokens.shape, 0, rope_length, config)
+    ends, place = ends_of(params, config), Placement.of(attention_fn)
+    batch, length = tokens.shape
+    cos, sin = rotations(batch, jnp.arange(length, dtype=jnp.int32), rope_length, config)
 
     def attend(attention, q, k, v, layer, state):
         return attention(q, k, v, lengths=lengths, q_offset=None), state, None
 
     x, _, _ = scan_layers(
-        params, ends.embed(tokens), cos, sin, attention_fn, attend, None, config=config
+        params, ends.embed(tokens), cos, sin, attention_fn, attend, None, config=config, place=place
     )
     return ends.logits(x)
 
@@ -51,6 +53,8 @@ def run_prefill(
         read = functools.partial(_read_whole, compression=compression)
     else:
         read = functools.partial(_read_chunks, chunk_size=chunk_size)
+    place = Placement.of(attention_fn)
+    capacity = place.capacity(capacity, compression, tokens.shape[1])
     last, kept, observed = read(
         params,
         tokens,
@@ -65,7 +69,8 @@ def run_prefill(
         observed = jax.tree.map(lambda a: a[:, None], observed)
     if lengths is None:
         lengths = jnp.full(tokens.shape[0], tokens.shape[1], jnp.int32)
-    return ends_of(params, config).logits(last), _cache(kept, lengths, rope_length), observed
+    logits = place.logits(ends_of(params, config).logits(last))
+    return logits, _cache(kept, lengths, rope_length, place), observed
 
 
 @functools.partial(jax.jit, static_argnames=("config", "rows", "capacity", "observe"))
@@ -78,7 +83,8 @@ def run_hidden(
         capacity=capacity, observe=observe, compression=None,
     )  # fmt: skip
     take = lambda x, length: jax.lax.dynamic_slice_in_dim(x, jnp.maximum(length - rows, 0), rows)
-    return jax.vmap(take)(x, lengths), _cache(kept, lengths, rope_length), observed
+    cache = _cache(kept, lengths, rope_length, Placement.of(attention_fn))
+    return jax.vmap(take)(x, lengths), cache, observed
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -90,8 +96,9 @@ def run_logits(params, x, *, config):
 def _read_whole(params, tokens, lengths, rope_length, **how):
     """The whole prompt at once."""
     x, kept, observed = _stream_whole(params, tokens, lengths, rope_length, **how)
-    last = x[:, -1] if lengths is None else _row_at(x, lengths - 1)
-    return last, kept, observed
+    if lengths is None:
+        lengths = jnp.full(tokens.shape[0], tokens.shape[1], jnp.int32)
+    return Placement.of(how["attention_fn"]).row_at(x, lengths - 1), kept, observed
 
 
 def _stream_whole(
@@ -101,24 +108,23 @@ def _stream_whole(
 
     A layer's keys and values are compressed there, so those of all layers never exist together.
     """
+    place = Placement.of(attention_fn)
     batch, length = tokens.shape
-    cos, sin = rotations(tokens.shape, 0, rope_length, config)
     stored = jnp.full(batch, length, jnp.int32) if lengths is None else lengths
+    tokens, positions, lengths = place.arrange(tokens, lengths)
+    cos, sin = rotations(batch, positions, rope_length, config)
 
     def attend(of_layer, q, k, v, layer, state):
         attention, compression = of_layer
         out, seen = observe(attention, q, k, v, lengths=lengths, q_offset=None)
-        kept = KeptKV(k, v, stored)
-        if compression is not None:
-            kept = compression(q, k, v, lengths=lengths)
-        room = ((0, 0), (0, capacity - kept.keys.shape[1]), (0, 0), (0, 0))
-        padded = kept._replace(keys=jnp.pad(kept.keys, room), values=jnp.pad(kept.values, room))
-        return out, state, (padded, seen)
+        kept = place.keep(compression, q, k, v, lengths=lengths, stored=stored, capacity=capacity)
+        return out, state, (kept, seen)
 
-    x = ends_of(params, config).embed(tokens)
+    x = ends_of(params, config).embed(place.rows(tokens))
     x, _, (kept, observed) = scan_layers(
-        params, x, cos, sin, (attention_fn, compression), attend, None, config=config
-    )
+        params, x, place.rows(cos), place.rows(sin), (attention_fn, compression), attend, None,
+        config=config, place=place,
+    )  # fmt: skip
     return x, kept, observed
 
 
@@ -132,7 +138,7 @@ def _read_chunks(
     num_chunks = -(-length // chunk_size)
     padded = num_chunks * chunk_size
     chunks = jnp.pad(tokens, ((0, 0), (0, padded - length))).reshape(batch, num_chunks, chunk_size)
-    ends = ends_of(params, config)
+    ends, place = ends_of(params, config), Placement.of(attention_fn)
     dtype = ends.embed.embedding.dtype
     # The last chunk is written whole, so the cache has room for its padding meanwhile.
     room = (config.num_layers, batch, max(capacity, padded), config.num_kv_heads, config.head_dim)
@@ -141,7 +147,8 @@ def _read_chunks(
         keys, values, last = carry
         tokens, q_offset = chunk
         real = jnp.minimum(lengths, q_offset + chunk_size)
-        cos, sin = rotations(tokens.shape, q_offset, rope_length, config)
+        positions = q_offset + jnp.arange(chunk_size, dtype=jnp.int32)
+        cos, sin = rotations(batch, positions, rope_length, config)
 
         def attend(attention, q, k, v, layer, state):
             start = (layer, 0, q_offset, 0, 0)
@@ -150,13 +157,14 @@ def _read_chunks(
                 state,
                 (k, v),
             )
+            state = held(state, place.of_cache(config.num_kv_heads))
             k, v = jax.tree.map(lambda store: store[layer], state)
             out, seen = observe(attention, q, k, v, lengths=real, q_offset=q_offset)
             return out, state, seen
 
         x, (keys, values), seen = scan_layers(
             params, ends.embed(tokens), cos, sin, attention_fn, attend, (keys, values),
-            config=config,
+            config=config, place=place,
         )  # fmt: skip
         row = lengths - 1 - q_offset
         here = (row >= 0) & (row < chunk_size)
@@ -194,6 +202,7 @@ def run_extend(params, tokens, lengths, cache, *, config, attention_fn, observe)
             state,
             to_stored(k, v, scales, cache.keys.dtype),
         )
+        state = held(state, cache.sharding)
         k, v = jax.tree.map(lambda store: store[layer], state)
         k, v = from_stored(k, v, scales, q.dtype)
         out, seen = observe(attention, q, k, v, lengths=stored + lengths, q_offset=q_offset)
@@ -201,11 +210,15 @@ def run_extend(params, tokens, lengths, cache, *, config, attention_fn, observe)
 
     x, (keys, values), seen = scan_layers(
         params, ends.embed(tokens), cos, sin, (attention_fn, cache.stored, cache.scales), attend,
-        (cache.keys, cache.values), config=config,
+        (cache.keys, cache.values), config=config, place=Placement.of(attention_fn),
     )  # fmt: skip
-    logits = ends.logits(_row_at(x, lengths - 1))
+    logits = Placement.of(attention_fn).logits(ends.logits(_row_at(x, lengths - 1)))
     counts = (cache.stored + lengths[None, :], cache.lengths + lengths, cache.rope_length)
-    return logits, KVCache(keys, values, *counts, scales=cache.scales), seen
+    return (
+        logits,
+        KVCache(keys, values, *counts, scales=cache.scales, sharding=cache.sharding),
+        seen,
+    )
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -223,6 +236,7 @@ def run_decode_step(params, token, cache, *, config):
             state,
             to_stored(k, v, scales, cache.keys.dtype),
         )
+        state = held(state, cache.sharding)
         k, v = jax.tree.map(lambda store: store[layer], state)
         return attend_cached(q, k, v, stored + 1, scales), state, None
 
@@ -234,7 +248,7 @@ def run_decode_step(params, token, cache, *, config):
     room = jnp.max(cache.stored, axis=0) < cache.capacity
     logits = jnp.where(room[:, None], logits, jnp.nan)
     counts = (cache.stored + 1, cache.lengths + 1, cache.rope_length)
-    return logits, KVCache(keys, values, *counts, scales=cache.scales)
+    return logits, KVCache(keys, values, *counts, scales=cache.scales, sharding=cache.sharding)
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -243,10 +257,12 @@ def run_embedding(params, tokens, *, config):
     return ends_of(params, config).embed(tokens)
 
 
-def _cache(kept, lengths, rope_length):
+def _cache(kept, lengths, rope_length, place):
     """The cache of all layers after a prompt."""
     counts = (count.astype(jnp.int32) for count in (kept.stored, lengths, rope_length))
-    return KVCache(kept.keys, kept.values, *counts, scales=kept.scales)
+    sharding = place.of_cache(kept.keys.shape[3])
+    keys, values = held((kept.keys, kept.values), sharding)
+    return KVCache(keys, values, *counts, scales=kept.scales, sharding=sharding)
 
 
 def _row_at(x: Float[Array, "batch s embed"], row: Int[Array, " batch"]) -> Array:

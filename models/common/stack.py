@@ -9,12 +9,13 @@ from flax import nnx
 
 from models.common.config import DecoderConfig
 from models.common.layers import DecoderLayer, Ends
+from models.common.placement import ONE_DEVICE
 from models.common.rope import rotation_tables
 
 Params = dict[str, Any]
 
 
-def scan_layers(params, x, cos, sin, attention_fn, attend, state, *, config):
+def scan_layers(params, x, cos, sin, attention_fn, attend, state, *, config, place=ONE_DEVICE):
     """Runs all layers: `attend(attention, q, k, v, layer, state) -> (out, state, output)`.
 
     Returns:
@@ -23,14 +24,15 @@ def scan_layers(params, x, cos, sin, attention_fn, attend, state, *, config):
     graph = _layer_graph(config, x.dtype)
 
     def body(carry, layer):
-        x, state = carry
+        x, state = place.rows(carry[0]), carry[1]
         layer_params, attention, index = layer
 
         def call(q, k, v):
             out, new_state, output = attend(attention, q, k, v, index, state)
             return out, (new_state, output)
 
-        x, (state, output) = nnx.merge(graph, layer_params)(x, cos, sin, call)
+        run = nnx.merge(graph, layer_params)
+        x, (state, output) = run(x, cos, sin, call, parts=place.parts)
         return (x, state), output
 
     layers = (params["layers"], attention_fn, jnp.arange(config.num_layers, dtype=jnp.int32))
@@ -57,9 +59,9 @@ def ends_of(params: Params, config: DecoderConfig) -> Ends:
     return nnx.merge(graph, {name: leaf for name, leaf in params.items() if name != "layers"})
 
 
-def rotations(shape, q_offset, rope_length, config):
-    """Cosines and sines of tokens `[batch, s]`, the first of which are at `q_offset`."""
-    positions = jnp.broadcast_to(q_offset + jnp.arange(shape[1], dtype=jnp.int32)[None, :], shape)
+def rotations(batch, positions, rope_length, config):
+    """Cosines and sines of `batch` rows of tokens at the same positions."""
+    positions = jnp.broadcast_to(positions[None, :], (batch, positions.shape[0]))
     return rotation_tables(config.rope, positions, rope_length)
 
 
@@ -69,6 +71,7 @@ def run_layer(params, layer, x, rope_length, *, config, attend):
     Returns:
         The residual stream after it, and `anything`.
     """
-    cos, sin = rotations(x.shape[:2], 0, rope_length, config)
+    positions = jnp.arange(x.shape[1], dtype=jnp.int32)
+    cos, sin = rotations(x.shape[0], positions, rope_length, config)
     own = jax.tree.map(lambda leaf: leaf[layer], params["layers"])
     return nnx.merge(_layer_graph(config, x.dtype), own)(x, cos, sin, attend)

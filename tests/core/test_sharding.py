@@ -10,7 +10,14 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import minference_jax as mj
-from minference_jax.sharding import attention_mesh, balanced_order, natural_order, padded_length
+from minference_jax.kv_cache import EightBitKV, SnapKV
+from minference_jax.sharding import (
+    attention_mesh,
+    balanced_order,
+    keep_sharded,
+    natural_order,
+    padded_length,
+)
 from models.common.weights.sharding import MODEL_AXIS
 from tests.helpers import assert_attention_close, causal_mask, masked_attention, random_qkv
 
@@ -157,6 +164,23 @@ def test_a_prompt_is_too_short_for_an_estimate_as_on_one_device(break_even):
     _, got = observe(sharded(attention, 1, 2), *(x[:, stored] for x in (q, k, v)))
     jax.tree.map(np.testing.assert_array_equal, got, want)
     assert (got.visited < got.causal).all() == (break_even < 128)
+
+
+@pytest.mark.parametrize(("sequence", "kv_heads"), [(1, 2), (2, 1)])
+def test_the_same_keys_are_kept_of_a_prompt_on_several_devices(sequence, kv_heads):
+    q, k, v = map(jnp.asarray, random_qkv(5, batch=2, q_len=64, kv_heads=kv_heads))
+    lengths, kept = jnp.array([60, 3]), EightBitKV(SnapKV(budget=12, window=4))
+    want = jax.jit(kept)(q, k, v, lengths=lengths)
+    attention = sharded(mj.DenseAttention(16, 16), 2, sequence)
+    keep = jax.jit(
+        lambda *x: keep_sharded(kept, *x, lengths=lengths, capacity=16, attention=attention)
+    )
+    stored = balanced_order(64, sequence)
+    got = keep(*(x[:, stored] for x in (q, k, v)))
+    padded = lambda x: jnp.pad(x, ((0, 0), (0, 4), (0, 0), (0, 0)))
+    want = want._replace(keys=padded(want.keys), values=padded(want.values))
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    assert got.keys.addressable_shards[0].data.shape == (2, 16 // sequence, 1, 16)
 
 
 ONE = mj.HeadPatterns.uniform(mj.Dense(), num_layers=1, num_heads=6)

@@ -4,12 +4,14 @@ import hashlib
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from matplotlib.image import imread
 
 from experiments.__main__ import main
 from experiments.common import command as experiments_command
+from experiments.common.devices import join_processes
 from experiments.common.record import read_records
 
 PROMPT = " ".join(f"t{3 + i % 50}" for i in range(40))
@@ -69,6 +71,60 @@ def test_memory_is_estimated_part_by_part_without_a_run(tiny_model, capsys, monk
     shown = capsys.readouterr().out
     for words in ("40 tokens", "weights", "keys and values kept", "at once", "no limit"):
         assert words in shown
+
+
+def test_devices_share_the_model_and_the_prompt(tiny_model, capsys, tmp_path):
+    argv = [
+        "--model",
+        tiny_model,
+        "--prompt",
+        PROMPT,
+        "--attention",
+        "dense",
+        "--mesh",
+        "tp=2,cp=2",
+    ]
+    [found] = run_recorded(tmp_path, "generate", *argv, "--max-new-tokens", "3")["outcomes"]
+    argv = argv[:-2]
+    [wanted] = run_recorded(tmp_path, "generate", *argv, "--max-new-tokens", "3")["outcomes"]
+    assert found["generation"]["tokens"] == wanted["generation"]["tokens"]
+    np.testing.assert_array_equal(found["density"], wanted["density"])
+    assert main(["prefill", *argv, "--mesh", "tp=2,cp=64", "--estimate-memory"]) == 0
+    assert "for each device of tp=2,cp=64" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--mesh", "pp=2"], "must be tp=N, cp=N or tp=N,cp=N, got pp=2"),
+        (["--mesh", "tp=8"], "needs 8, there are 4"),
+        (["--mesh", "tp=3"], "3 devices cannot share the model evenly"),
+        (["--mesh", "cp=2", "--chunk-size", "16"], "leave out --chunk-size"),
+        (["--mesh", "cp=2", "--plot", "plots"], "leave out --mesh"),
+    ],
+)
+def test_what_devices_cannot_share(tiny_model, capsys, monkeypatch, tmp_path, options, words):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(experiments_command, "load", None)
+    assert main(["prefill", "--model", tiny_model, "--prompt", PROMPT, *options]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_processes_join_where_the_environment_says_so(monkeypatch, capsys):
+    joined = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **how: joined.append(how))
+    assert not join_processes()
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "first:1234")
+    assert join_processes()
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+    monkeypatch.setenv("JAX_PROCESS_ID", "1")
+    assert main(["report"]) == 2
+    assert "only `generate` and `prefill`" in capsys.readouterr().err
+    found = {"num_processes": None, "process_id": None}, {"num_processes": 2, "process_id": 1}
+    assert joined == list(found)
+    monkeypatch.setenv("JAX_PROCESS_ID", "one")
+    assert main(["report"]) == 2
+    assert "'one'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

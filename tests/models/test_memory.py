@@ -6,12 +6,22 @@ from typing import no_type_check
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import AbstractMesh
 
 import minference_jax as mj
 from minference_jax.kv_cache import StreamingKV
+from minference_jax.sharding import attention_mesh
 from models.common.decoder import abstract_params
-from models.common.memory import PrefillMemory, check_fits, estimate_prefill, num_bytes
+from models.common.memory import (
+    PrefillMemory,
+    check_fits,
+    compiled_bytes,
+    estimate_prefill,
+    num_bytes,
+)
 from models.common.passes import run_prefill
+from models.common.weights.sharding import placed
+from models.common.weights.table import flatten_paths, unflatten_paths
 from tests.models.tiny import CONFIG
 
 SIZES = {"embed_dim": 128, "hidden_dim": 448, "num_heads": 4, "num_kv_heads": 1, "head_dim": 32}
@@ -61,6 +71,42 @@ def test_estimate_is_within_a_tenth_of_what_xla_allocates(batch, length, how):
     assert abs(found.peak / want - 1) < 0.1
     assert found.weights == num_bytes(params)
     assert abs(found.cache / (2 * 3 * batch * capacity * 32 * 4) - 1) < 0.01
+
+
+@no_type_check
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class NeedsAllOfAPart(mj.DenseAttention):
+    """As `NeedsAll`, of prompts on several devices."""
+
+    def attend(self, q, k, v, *, lengths=None, q_offset=None):
+        return NeedsAll(1.0)(q, k, v), None
+
+
+def test_the_estimate_for_each_device_of_a_mesh():
+    """Four KV heads on two devices, half of a prompt on each of two."""
+    config, length = dataclasses.replace(WIDE, num_kv_heads=4), 65_536
+    mesh = attention_mesh(heads=2, sequence=2)
+    leaves = flatten_paths(abstract_params(config, jnp.float32))
+    params = unflatten_paths({path: placed(path, leaf, mesh) for path, leaf in leaves.items()})
+    attention = mj.ShardedAttention(NeedsAllOfAPart(), mesh)
+    tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
+    read = lambda params, tokens, attention: run_prefill(
+        params, tokens, None, jnp.array([length]), config=config, attention_fn=attention,
+        capacity=length, chunk_size=None, observe=None,
+    )[:2]  # fmt: skip
+    want = compiled_bytes(jax.jit(read).lower(params, tokens, attention).compile())
+    how = {"config": config, "batch": 1, "length": length}
+    found = estimate_prefill(params, attention_fn=attention, **how)
+    assert abs(found.peak / want - 1) < 0.1
+    counts = found.cache - 2 * 3 * (length // 2) * 2 * 32 * 4
+    assert 0 <= counts < 100
+    # Devices that there are not.
+    imagined = AbstractMesh((2, 2), ("context", "model"))
+    other = estimate_prefill(
+        params, attention_fn=mj.ShardedAttention(attention.attention, imagined), **how
+    )
+    assert other == found
 
 
 def test_a_million_tokens_of_an_8b_model():

@@ -11,11 +11,12 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
 from models.common import config as configs
+from models.common.checks import check_split
 from models.common.config import DecoderConfig, RopeConfig
 from models.common.decoder import abstract_params
 from models.common.tokenizer import Tokenizer, load_tokenizer, read_json
-from models.common.weights.errors import LoadError
-from models.common.weights.sharding import placed
+from models.common.weights.errors import LoadError, summarise_names
+from models.common.weights.sharding import MODEL_AXIS, placed
 from models.common.weights.table import flatten_paths, unflatten_paths
 
 CHECKPOINT_CONFIG = "decoder.json"
@@ -38,6 +39,8 @@ def save_checkpoint(
 ) -> None:
     """Writes a model that `load_model` restores, shard by shard where the parameters are sharded.
 
+    On several hosts all of them call it, with a directory that all of them see.
+
     Args:
         directory: created if absent; must not hold a checkpoint yet.
         config: the model's hyper-parameters.
@@ -50,12 +53,20 @@ def save_checkpoint(
     directory = Path(directory).expanduser().absolute()
     if (directory / CHECKPOINT_CONFIG).exists() or (directory / _PARAMS).exists():
         raise FileExistsError(f"`{directory}` already holds a checkpoint; choose another directory")
-    directory.mkdir(parents=True, exist_ok=True)
+    if jax.process_index() == 0:
+        directory.mkdir(parents=True, exist_ok=True)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(directory / _PARAMS, params)
+    if jax.process_index() > 0:
+        return
     tokenizer.save(directory)
-    dtype = jnp.dtype(jax.tree.leaves(params)[0].dtype).name
-    text = json.dumps({"format": _FORMAT, "dtype": dtype, "config": _to_json(config)}, indent=2)
+    values = {
+        "format": _FORMAT,
+        "dtype": jnp.dtype(jax.tree.leaves(params)[0].dtype).name,
+        "config": _to_json(config),
+        "files": _file_sizes(directory / _PARAMS),
+    }
+    text = json.dumps(values, indent=2)
     # Written last: a directory that has it is complete.
     (directory / CHECKPOINT_CONFIG).write_text(text + "\n", encoding="utf-8")
 
@@ -77,6 +88,9 @@ def load_checkpoint(
     directory = directory.absolute()
     config = read_config(directory)
     words = load_tokenizer(tokenizer or directory)
+    if mesh is not None:
+        check_split(config, mesh.shape.get(MODEL_AXIS, 1))
+    _check_files(directory)
     leaves = flatten_paths(abstract_params(config, dtype))
     target = unflatten_paths({path: placed(path, leaf, mesh) for path, leaf in leaves.items()})
     try:
@@ -90,6 +104,25 @@ def load_checkpoint(
             f"describes ({error}); save the checkpoint again"
         ) from error
     return config, params, words
+
+
+def _file_sizes(directory: Path) -> dict[str, int]:
+    """Bytes of each file below a directory."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    return {path.relative_to(directory).as_posix(): path.stat().st_size for path in files}
+
+
+def _check_files(directory: Path) -> None:
+    """Raises LoadError that names every file of the saved arrays that is lost or cut off."""
+    found = _file_sizes(directory / _PARAMS)
+    saved = read_json(directory / CHECKPOINT_CONFIG).get("files", {})
+    bad = [name for name, size in saved.items() if found.get(name) != size]
+    if found and bad:
+        raise LoadError(
+            f"`{directory / _PARAMS}` is incomplete: {', '.join(summarise_names(bad))} "
+            f"({len(bad)} of {len(saved)} files) lost or of another size than when saved; copy the "
+            "checkpoint again, or save it again"
+        )
 
 
 def _check_shapes(metadata: Any, expected: dict[str, Any]) -> None:
