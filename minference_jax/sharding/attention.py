@@ -250,6 +250,10 @@ class ShardedAttention:
 def _decided(attention, q, k):
     """The attention, with what depends on a layer's whole prompt and all heads decided."""
     if isinstance(attention, SparseAttention):
+        if fallback.too_short(q.shape[1], k.shape[1], attention.keys_to_break_even()):
+            return DenseAttention(
+                block_q=attention.block_q, implementation=attention.implementation
+            )
         return _decided_sparse(attention, q.shape[1], k.shape[1])
     if isinstance(attention, StaticAttention):
         sparse = _decided_sparse(attention.sparse, q.shape[1], k.shape[1])

@@ -136,11 +136,14 @@ def test_devices_that_share_a_kv_head_take_that_of_their_queries():
     assert_attention_close(out, masked_attention(q, k, v, mask))
 
 
-def test_a_layer_that_does_not_pay_is_dense_on_all_devices():
-    # The heads of one device would pay; the layer does not, so that all are dense.
+@pytest.mark.parametrize("break_even", [100, 1000])
+def test_a_layer_that_does_not_pay_is_dense_on_all_devices(break_even):
+    # The heads of one device would pay; the layer does not, or the prompt is too short for any.
     local, wide = mj.AShape(sink_size=1, window_size=1), mj.AShape(sink_size=4, window_size=900)
     patterns = mj.HeadPatterns.from_grid([[local, local, wide, wide]])
-    attention = mj.SparseAttention(patterns, 16, 16, implementation="reference", break_even=100)
+    attention = mj.SparseAttention(
+        patterns, 16, 16, implementation="reference", break_even=break_even
+    )
     q, k, v = random_qkv(3, q_len=128, kv_heads=1)
     stored, positions = balanced_order(128, 2), natural_order(128, 2)
     observe = jax.jit(lambda *x: mj.observe_density(*x, lengths=jnp.array([100])))
