@@ -1,7 +1,7 @@
 """The compiled passes behind `models.common.decoder`: prompts whole or in chunks, then more tokens.
 
-`run_embedding` is for `models.common.capture`, which goes layer by layer, and `run_hidden` and
-`run_logits` for the rows that it keeps.
+`run_embedding` is for `models.common.capture`, which goes layer by layer, and `run_hidden`,
+`run_extend_hidden` and `run_logits` for the rows that it keeps.
 
 Callers have checked the arguments. Each pass scans the layers once (`models.common.stack`), with
 the attention's array leaves next to the parameters, and differs in what `attend` does with a
@@ -70,12 +70,13 @@ def run_prefill(
 
 @functools.partial(jax.jit, static_argnames=("config", "rows", "capacity", "observe"))
 def run_hidden(
-    params, tokens, lengths, rope_length, *, config, attention_fn, rows, capacity, observe
-):
+    params, tokens, lengths, rope_length, *, config, attention_fn, rows, capacity, observe,
+    compression=None,
+):  # fmt: skip
     """Computes the stream's last rows, cache and what was observed; see `capture.read_hidden`."""
     x, kept, observed = _stream_whole(
         params, tokens, lengths, rope_length, config=config, attention_fn=attention_fn,
-        capacity=capacity, observe=observe, compression=None,
+        capacity=capacity, observe=observe, compression=compression,
     )  # fmt: skip
     take = lambda x, length: jax.lax.dynamic_slice_in_dim(x, jnp.maximum(length - rows, 0), rows)
     return jax.vmap(take)(x, lengths), _cache(kept, lengths, rope_length), observed
@@ -181,6 +182,25 @@ def _read_chunks(
 def run_extend(params, tokens, lengths, cache, *, config, attention_fn, observe):
     """Reads more tokens of one row onto a cache; see `models.common.decoder.extend`."""
     observe = _call_attention if observe is None else observe
+    x, cache, seen = _stream_onto(
+        params, tokens, lengths, cache, config=config, attention_fn=attention_fn, observe=observe
+    )
+    return ends_of(params, config).logits(_row_at(x, lengths - 1)), cache, seen
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def run_extend_hidden(params, tokens, cache, *, config, attention_fn):
+    """Computes the stream's rows of further tokens, and cache; see `capture.extend_hidden`."""
+    lengths = jnp.full(1, tokens.shape[1], jnp.int32)
+    x, cache, _ = _stream_onto(
+        params, tokens, lengths, cache, config=config, attention_fn=attention_fn,
+        observe=_call_attention,
+    )  # fmt: skip
+    return x, cache
+
+
+def _stream_onto(params, tokens, lengths, cache, *, config, attention_fn, observe):
+    """The residual stream behind the layers of tokens that follow a cache; the cache with them."""
     ends = ends_of(params, config)
     positions = cache.lengths[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
     cos, sin = rotation_tables(config.rope, positions, cache.rope_length)
@@ -203,9 +223,8 @@ def run_extend(params, tokens, lengths, cache, *, config, attention_fn, observe)
         params, ends.embed(tokens), cos, sin, (attention_fn, cache.stored, cache.scales), attend,
         (cache.keys, cache.values), config=config,
     )  # fmt: skip
-    logits = ends.logits(_row_at(x, lengths - 1))
     counts = (cache.stored + lengths[None, :], cache.lengths + lengths, cache.rope_length)
-    return logits, KVCache(keys, values, *counts, scales=cache.scales), seen
+    return x, KVCache(keys, values, *counts, scales=cache.scales), seen
 
 
 @functools.partial(jax.jit, static_argnames="config")
