@@ -39,8 +39,8 @@ from models.common.checks import check_context
 
 # Options that may change when a run goes on: rows name their text and length.
 _FREE = ("output", "limit", "seed", "texts", "lengths", "methods")
-# Columns of text that the table needs.
-_WIDTH = 110
+# Columns of text that the table needs beside the names of methods.
+_WIDTH = 95
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -148,7 +148,8 @@ class Perplexity:
         title = Path(self.model.model).name
         if self.continuation is not None:
             title += f", last {self.continuation} tokens"
-        console.width = max(console.width, _WIDTH)  # a figure cut short would be lost
+        # A figure cut short would be lost.
+        console.width = max(console.width, _WIDTH + max(map(len, curves)))
         console.print(_table(curves, title=f"perplexity of {title}"))
         picture = curves_picture(curves, title=title, path=self.output / "perplexity.png")
         for method in methods:

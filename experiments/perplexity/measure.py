@@ -189,10 +189,14 @@ def means(rows: Sequence[Row]) -> list[Mean]:
     found = []
     for length in sorted({row.length for row in rows}):
         group = [row for row in rows if row.length == length]
-        nll, dense_nll, *others = (
+        nll, dense_nll, kl, top1, density = (
             float(np.mean([getattr(row, name) for row in group]))
             for name in ("nll", "dense_nll", "kl", "top1", "density")
         )
-        mean = Mean(length, len(group), float(np.exp(dense_nll)), float(np.exp(nll)), *others)
-        found.append(mean._replace(cache_bytes=group[0].cache_bytes))
+        found.append(
+            Mean(
+                length, len(group), float(np.exp(dense_nll)), float(np.exp(nll)), kl, top1, density,
+                group[0].cache_bytes,
+            )
+        )  # fmt: skip
     return found
