@@ -23,7 +23,8 @@ _LEGEND = (
     "Averages in percent, over all tasks and lengths; in brackets the 95 % interval of their "
     "difference from dense attention on the same samples, in points; below them, at the longest "
     "length, the pairs visited and the seconds to read a prompt. Perplexity: change from dense "
-    "attention's at the longest length, in percent, ± its standard error."
+    "attention's at the longest length, in percent, ± its standard error; of a continuation, "
+    "below it what is kept of the prompt."
 )
 
 
@@ -104,7 +105,7 @@ def _columns(report: Report, folder: Path) -> dict[str, list[_Column]]:
 def _kind(study: Study[Any]) -> str:
     """The command, and the options that make another experiment of it: `needle --lead`."""
     words = [study.kind]
-    for name in ("lead", "rope_scaling"):
+    for name in ("lead", "rope_scaling", "continuation"):
         value = next((v for k, v in study.settings.items() if k.rpartition(".")[2] == name), None)
         if value:
             flag = f"--{name.replace('_', '-')}"

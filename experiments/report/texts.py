@@ -17,7 +17,9 @@ Read = Study[list[Row]]
 LEGEND = (
     "Perplexity of the beginnings of texts. `over dense`: how much larger it is than dense "
     "attention's, and the standard error over texts, of differences on the same text. `KL`: of the "
-    "next token from dense attention's, nats."
+    "next token from dense attention's, nats. Of a continuation only its tokens are scored, which "
+    "were read densely onto what is kept of those before, the prompt: `visited` is of the prompt, "
+    "`cache` what is kept of it, and `dense` keeps all in the model's type."
 )
 
 
@@ -28,7 +30,7 @@ def read_texts(entries: Sequence[Entry]) -> list[Read]:
 
 def _rows(record: dict[str, Any]) -> list[tuple[None, Iterable[Hashable], list[Row]]]:
     rows = [Row(**row) for row in record["result"]["rows"]]
-    if [mean._asdict() for mean in means(rows)] != record["result"]["means"]:
+    if means(rows) != [Mean(**mean) for mean in record["result"]["means"]]:
         raise ValueError("the means are not those of the rows")
     return [(None, [(row.sha256, row.length) for row in rows], rows)]
 
@@ -43,7 +45,7 @@ def title(study: Read) -> str:
 def section(study: Read, folder: Path, name: str) -> list[Block]:
     """Returns the section of one study; see `sections.section`."""
     curves = {label: means(rows) for label, rows in study.methods.items()}
-    first = _curve(study)
+    first, continuation = _curve(study), study.settings.get("continuation")
     rows = []
     for place, mean in enumerate(first):
         for label, curve in curves.items():
@@ -51,15 +53,17 @@ def section(study: Read, folder: Path, name: str) -> list[Block]:
             rows.append([
                 f"{mean.length:,}", label, f"{one.perplexity:.3f}",
                 change(study.methods[label], mean.length), f"{one.kl:.4f}", percent(one.top1),
-                percent(one.density),
+                percent(one.density), *_mebibytes(one),
             ])  # fmt: skip
-    headings = ("tokens", "method", "perplexity", "over dense, %", "KL", "same token, %")
-    draw = lambda path: curves_picture(curves, title=study.model, path=path)
+    headings = ["tokens", "method", "perplexity", "over dense, %", "KL", "same token, %"]
+    headings += ["visited, %", *["cache, MiB"] * bool(_mebibytes(first[0]))]
+    last = "" if continuation is None else f", continuations of {continuation}"
+    draw = lambda path: curves_picture(curves, title=f"{study.model}{last}", path=path)
     return [
-        f"### {title(study)}",
+        f"### {title(study)}{last}",
         study.caption(folder, number_of_texts(study)),
-        table([*headings, "visited, %"], rows),
-        Drawing(name, f"Perplexity by length, {study.model}", draw),
+        table(headings, rows),
+        Drawing(name, f"Perplexity by length, {study.model}{last}", draw),
     ]
 
 
@@ -89,7 +93,13 @@ def headline(study: Read, label: str) -> str:
         return ""
     rows = study.methods[label]
     longest = means(rows)[-1]
-    return f"{change(rows, longest.length)}<br>{percent(longest.density)} %"
+    cache = "".join(f", {size} MiB" for size in _mebibytes(longest))
+    return f"{change(rows, longest.length)}<br>{percent(longest.density)} %{cache}"
+
+
+def _mebibytes(mean: Mean) -> list[str]:
+    """The size of the prompt's cache, nothing if texts were read at once."""
+    return [] if mean.cache_bytes is None else [f"{mean.cache_bytes / 2**20:,.4g}"]
 
 
 def _curve(study: Read) -> list[Mean]:

@@ -2,8 +2,8 @@
 
 `capture_qkv` is for `prefill(..., observe=capture_qkv)`, which keeps all layers. A pattern search
 needs one layer at a time: `embed_prompt`, then for each layer `layer_qkv` and `layer_output`.
-`read_hidden` keeps many rows of the stream behind the layers, whose logits (`row_logits`) would not
-fit into memory together.
+`read_hidden` and `extend_hidden` keep many rows of the stream behind the layers, whose logits
+(`row_logits`) would not fit into memory together.
 """
 
 import functools
@@ -13,11 +13,24 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from minference_jax.kv_cache import KVCompression
 from minference_jax.types import AttentionFn
-from models.common.cache import KVCache
-from models.common.checks import check_attention, check_mesh, check_prompt
+from models.common.cache import KVCache, kept_tokens
+from models.common.checks import (
+    check_attention,
+    check_compression,
+    check_extension,
+    check_mesh,
+    check_prompt,
+)
 from models.common.config import DecoderConfig
-from models.common.passes import Observe, run_embedding, run_hidden, run_logits
+from models.common.passes import (
+    Observe,
+    run_embedding,
+    run_extend_hidden,
+    run_hidden,
+    run_logits,
+)
 from models.common.stack import Params, run_layer
 
 
@@ -140,6 +153,7 @@ def read_hidden(
     rows: int,
     capacity: int,
     observe: Observe,
+    compression: KVCompression | None = None,
 ) -> tuple[Float[Array, "batch rows embed"], KVCache, Any]:
     """Reads prompts, as `models.common.decoder.prefill`, and keeps hidden rows.
 
@@ -153,6 +167,7 @@ def read_hidden(
         rows: how many of the last real rows to keep, 1 to s.
         capacity: tokens the cache can hold.
         observe: called instead of each layer's attention, as in `prefill`.
+        compression: what the cache keeps of the prompts, as in `prefill`; no row depends on it.
 
     Returns:
         The last real rows of the residual stream behind the layers (of a prompt with fewer: all of
@@ -167,18 +182,47 @@ def read_hidden(
     length = tokens.shape[1]
     if not 1 <= rows <= length:
         raise ValueError(f"`rows` must be within 1..{length}, the prompts' length; got {rows}")
-    if capacity < length:
-        raise ValueError(
-            f"`capacity` must be at least {length}, the prompts' length; got {capacity}"
-        )
+    check_compression(compression, config.num_layers, length, None)
+    if capacity < (kept := kept_tokens(compression, length)):
+        what = "the prompts' length" if compression is None else "what `compression` keeps"
+        raise ValueError(f"`capacity` must be at least {kept}, {what}; got {capacity}")
     return run_hidden(
         params, tokens, lengths, rope_length, config=config, attention_fn=attention_fn, rows=rows,
-        capacity=capacity, observe=observe,
+        capacity=capacity, observe=observe, compression=compression,
     )  # fmt: skip
+
+
+def extend_hidden(
+    params: Params,
+    tokens: Int[Array, "1 s"],
+    cache: KVCache,
+    *,
+    config: DecoderConfig,
+    attention_fn: AttentionFn,
+) -> tuple[Float[Array, "1 s embed"], KVCache]:
+    """Reads more tokens onto a cache, as `models.common.decoder.extend`, and keeps hidden rows.
+
+    Args:
+        params: the tree described in `models.common.decoder`.
+        tokens: one row, which follows the tokens of the cache, without padding.
+        cache: of one row; it stays as it is.
+        config: the model's hyper-parameters.
+        attention_fn: a pytree whose array leaves have a leading `[layers]` axis.
+
+    Returns:
+        All rows of the residual stream behind the layers, and the cache that holds the tokens.
+
+    Raises:
+        ValueError: as `extend`.
+    """
+    check_extension(tokens, None, cache, config)
+    check_attention(attention_fn, config.num_layers)
+    check_mesh(attention_fn, params, config, whole=False, what="`extend_hidden`")
+    return run_extend_hidden(params, tokens, cache, config=config, attention_fn=attention_fn)
 
 
 def row_logits(
     params: Params, x: Float[Array, "*rows embed"], *, config: DecoderConfig
 ) -> Float[Array, "*rows vocab"]:
-    """Logits, fp32, of rows that `read_hidden` kept; memory grows with rows times vocabulary."""
+    """Logits, fp32, of rows that were kept; memory grows with rows times vocabulary."""
     return run_logits(params, x, config=config)

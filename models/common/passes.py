@@ -1,7 +1,7 @@
 """The compiled passes behind `models.common.decoder`: prompts whole or in chunks, then more tokens.
 
-`run_embedding` is for `models.common.capture`, which goes layer by layer, and `run_hidden` and
-`run_logits` for the rows that it keeps.
+`run_embedding` is for `models.common.capture`, which goes layer by layer, and `run_hidden`,
+`run_extend_hidden` and `run_logits` for the rows that it keeps.
 
 Callers have checked the arguments. Each pass scans the layers once (`models.common.stack`), with
 the attention's array leaves next to the parameters, and differs in what `attend` does with a
@@ -75,12 +75,13 @@ def run_prefill(
 
 @functools.partial(jax.jit, static_argnames=("config", "rows", "capacity", "observe"))
 def run_hidden(
-    params, tokens, lengths, rope_length, *, config, attention_fn, rows, capacity, observe
-):
+    params, tokens, lengths, rope_length, *, config, attention_fn, rows, capacity, observe,
+    compression=None,
+):  # fmt: skip
     """Computes the stream's last rows, cache and what was observed; see `capture.read_hidden`."""
     x, kept, observed = _stream_whole(
         params, tokens, lengths, rope_length, config=config, attention_fn=attention_fn,
-        capacity=capacity, observe=observe, compression=None,
+        capacity=capacity, observe=observe, compression=compression,
     )  # fmt: skip
     take = lambda x, length: jax.lax.dynamic_slice_in_dim(x, jnp.maximum(length - rows, 0), rows)
     cache = _cache(kept, lengths, rope_length, Placement.of(attention_fn))
@@ -189,6 +190,26 @@ def _read_chunks(
 def run_extend(params, tokens, lengths, cache, *, config, attention_fn, observe):
     """Reads more tokens of one row onto a cache; see `models.common.decoder.extend`."""
     observe = _call_attention if observe is None else observe
+    x, cache, seen = _stream_onto(
+        params, tokens, lengths, cache, config=config, attention_fn=attention_fn, observe=observe
+    )
+    logits = ends_of(params, config).logits(_row_at(x, lengths - 1))
+    return Placement.of(attention_fn).logits(logits), cache, seen
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def run_extend_hidden(params, tokens, cache, *, config, attention_fn):
+    """Computes the stream's rows of further tokens, and cache; see `capture.extend_hidden`."""
+    lengths = jnp.full(1, tokens.shape[1], jnp.int32)
+    x, cache, _ = _stream_onto(
+        params, tokens, lengths, cache, config=config, attention_fn=attention_fn,
+        observe=_call_attention,
+    )  # fmt: skip
+    return x, cache
+
+
+def _stream_onto(params, tokens, lengths, cache, *, config, attention_fn, observe):
+    """The residual stream behind the layers of tokens that follow a cache; the cache with them."""
     ends = ends_of(params, config)
     positions = cache.lengths[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
     cos, sin = rotation_tables(config.rope, positions, cache.rope_length)
@@ -212,13 +233,9 @@ def run_extend(params, tokens, lengths, cache, *, config, attention_fn, observe)
         params, ends.embed(tokens), cos, sin, (attention_fn, cache.stored, cache.scales), attend,
         (cache.keys, cache.values), config=config, place=Placement.of(attention_fn),
     )  # fmt: skip
-    logits = Placement.of(attention_fn).logits(ends.logits(_row_at(x, lengths - 1)))
     counts = (cache.stored + lengths[None, :], cache.lengths + lengths, cache.rope_length)
-    return (
-        logits,
-        KVCache(keys, values, *counts, scales=cache.scales, sharding=cache.sharding),
-        seen,
-    )
+    cache = KVCache(keys, values, *counts, scales=cache.scales, sharding=cache.sharding)
+    return x, cache, seen
 
 
 @functools.partial(jax.jit, static_argnames="config")

@@ -17,6 +17,7 @@ from experiments.common.record import read_records
 from experiments.evaluation.folder import append_lines, read_lines
 from experiments.perplexity import measure
 from experiments.perplexity.measure import Text, means, measure_all
+from experiments.perplexity.read import Reader, read
 from experiments.perplexity.texts import encode_texts, files_of
 from minference_jax import DenseAttention, SparseAttention
 from models import load_model
@@ -34,6 +35,11 @@ def model(tiny_model):
 
 def words(number, seed=0):
     return " ".join(f"t{i}" for i in np.random.default_rng(seed).integers(3, 60, number))
+
+
+def reader(spec):
+    method = parse_method(spec)
+    return Reader(method.attention(2, 4), method.compression(2))
 
 
 @jax.tree_util.register_dataclass
@@ -119,13 +125,13 @@ class Noting(Programs):
         self.seen = []
 
     def run(self, lower, *arguments, **static):
-        if lower == measure._read.lower:
-            self.seen.append(arguments[2])
+        if lower == read.lower:
+            self.seen.append(arguments[2].attention)
         return super().run(lower, *arguments, **static)
 
 
 def test_another_kernels_dense_attention_is_read_for_itself(model):
-    made = {spec: parse_method(spec).attention(2, 4) for spec in ("dense", "dense:reference")}
+    made = {spec: reader(spec) for spec in ("dense", "dense:reference")}
     tokens = np.array(model.tokenizer.encode(words(40)))
     found = dict(measure.measure(model, made, tokens, programs := Noting()))
     assert programs.seen == [DenseAttention(), DenseAttention(implementation="reference")]
@@ -140,9 +146,9 @@ def test_a_killed_run_ends_with_the_files_of_an_unbroken_one(
 ):
     written, methods = [], {"one": lambda _: 1, "two": lambda _: 2}
 
-    def fake(model, attentions, tokens, programs):
+    def fake(model, readers, tokens, programs, continuation):
         names = ("dense_nll", "nll", "kl", "top1", "density")
-        for label, number in attentions.items():
+        for label, number in readers.items():
             figures = [len(tokens) / 7 + int(tokens[0]) + at + number for at in range(5)]
             yield label, dict(zip(names, figures, strict=True))
 
@@ -178,15 +184,15 @@ def test_a_killed_run_ends_with_the_files_of_an_unbroken_one(
 
 
 def test_dense_attention_reads_a_text_once_with_what_was_compiled_first(model):
-    attentions = {spec: parse_method(spec).attention(2, 4) for spec in ("dense", SPARSE)}
+    readers = {spec: reader(spec) for spec in ("dense", SPARSE)}
     programs = Noting()
-    measure._compile(programs, model, attentions, LENGTH)
+    measure._compile(programs, model, readers, LENGTH, None)
     assert len(programs) == 3
-    found = dict(measure.measure(model, attentions, np.arange(3, 3 + LENGTH) % 60, programs))
+    found = dict(measure.measure(model, readers, np.arange(3, 3 + LENGTH) % 60, programs))
     assert list(found) == ["dense", SPARSE]
     assert [type(one) for one in programs.seen] == [DenseAttention, SparseAttention]
     assert len(programs) == 3
-    measure._compile(programs, model, {}, LENGTH + 1)
+    measure._compile(programs, model, {}, LENGTH + 1, None)
     assert list(measure.measure(model, {}, np.arange(3), programs)) == []
     assert len(programs) == 3
 

@@ -21,7 +21,8 @@ from experiments.common.programs import Programs
 from experiments.common.prompts import Prompt
 from experiments.common.record import read_records
 from experiments.evaluation.folder import read_lines
-from experiments.perplexity import measure
+from experiments.perplexity import command, measure
+from minference_jax.kv_cache import SnapKV
 from models import load_model
 from models.common.static import static_attention
 from tests.experiments.test_needle import BOOK
@@ -147,6 +148,31 @@ def test_perplexity_shares_its_programs_and_goes_on_after_a_kill(
     assert main(argv) == 0
     assert calibrated == [LENGTH] * 3
     assert path.read_bytes() == whole
+
+
+def test_lines_before_a_continuation_are_those_of_a_prompt_without_it(
+    tiny_model, file, tmp_path, monkeypatch
+):
+    class Asked(Exception):
+        pass
+
+    def ask(paths, texts, lengths, model, readers, continuation):
+        [reader] = readers.values()
+        assert reader(lengths[0]) == (LENGTH - 20, SnapKV(budget=64))
+        raise Asked
+
+    monkeypatch.setattr(command, "measure_all", ask)
+    # In place of the attention: how many tokens its lines are taken from.
+    tokens_read = lambda params, tokens, **how: tokens.shape[1]
+    monkeypatch.setattr(calibration, "static_attention", tokens_read)
+    (tmp_path / "a.txt").write_text("t3 " * LENGTH)
+    argv = ["perplexity", "--model", tiny_model, "--rope-scaling", "linear:8", "--continuation"]
+    argv += ["20", "--texts", f"{tmp_path}/a.txt", "--lengths", str(LENGTH)]
+    argv += ["--output", str(tmp_path / "run"), "--methods", f"static:{file}+snapkv:64"]
+    with pytest.raises(Asked):
+        main(argv)
+    path = tmp_path / "run" / "static-heads.json,0+snapkv-64" / "settings.json"
+    assert json.loads(path.read_text())[f"calibration_{LENGTH - 20}"]["tokens"] == LENGTH - 20
 
 
 def test_conversations_are_read_with_the_lines(tiny_model, file, tmp_path, calibrated):

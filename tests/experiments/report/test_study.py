@@ -1,5 +1,6 @@
 """What may stand in one table, and what its scores come to."""
 
+import dataclasses
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -7,10 +8,15 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from experiments.common.options import ModelOptions
+from experiments.common.options import LoadOptions, ModelOptions
 from experiments.infinitebench import tasks as infinitebench
 from experiments.needle import samples as needle
 from experiments.needle.command import Needle
+from experiments.perplexity import measure
+from experiments.perplexity.command import Perplexity
+from experiments.report.headline import headline
+from experiments.report.markdown import text_of
+from experiments.report.page import make_report, page
 from experiments.report.read import read_entries
 from experiments.report.scores import difference, estimate, parse_name, read_scores
 from experiments.report.statistics import difference_of
@@ -146,3 +152,30 @@ def test_tasks_count_the_same_and_turns_are_no_samples_of_their_own(tmp_path):
     # As if each conversation were one sample.
     alone = difference_of(np.array([1.0, 0, 1, 0]), np.array([1.0, 1, 1, 0]), np.full(4, 0.25))
     assert difference(study, "b", cells, "dense") == pytest.approx(alone)
+
+
+def test_a_continuation_is_a_study_of_its_own_which_shows_the_cache(tmp_path):
+    figures = {"text": "a", "sha256": "a", "length": 2000, "dense_nll": 2.0, "kl": 0.1}
+    row = measure.Row(**figures, nll=2.01, top1=0.9, density=1.0)
+    kept = dataclasses.replace(row, cache_bytes=3 * 2**19)
+
+    def made(method, row, **options):
+        config = Perplexity(model=LoadOptions(model="tiny.gguf"), **options)
+        result = {"means": [one._asdict() for one in measure.means([row])], "rows": [vars(row)]}
+        return record(config, method, result, kind="perplexity")
+
+    old = made("dense", row)
+    for line in (*old["result"]["means"], *old["result"]["rows"]):
+        del line["cache_bytes"]  # as earlier revisions wrote it
+    path = write(tmp_path / "a.jsonl", old, made("dense+int8", kept, continuation=512))
+    report = make_report(read_entries([path], QUIET))
+    whole, study = report.read
+    assert (list(whole.methods), list(study.methods)) == (["dense"], ["dense+int8"])
+    assert "in continuation" in study.caption(tmp_path, "")
+    text = text_of(page(report, tmp_path))
+    assert text.count("cache, MiB") == 1
+    assert "### tiny.gguf, 2K tokens, continuations of 512\n" in text
+    assert "| 2,000 | dense+int8 | 7.463 | +1.01 | 0.1000 | 90.0 | 100.0 | 1.5 |" in text
+    shown = headline(report, tmp_path / "README.md", tmp_path)
+    assert "perplexity --continuation 512, 2K tokens" in shown
+    assert "| +1.01<br>100.0 %, 1.5 MiB |" in shown
