@@ -85,15 +85,15 @@ def page(report: Report, folder: Path) -> Iterator[Block]:
         if studies:
             yield f"## {_TITLES[kind]}"
         for study in studies:
-            yield from sections.section(study, folder, named(kind, study.model))
+            yield from sections.section(study, folder, named(kind, study.files[0]))
     if report.read:
         yield from ("## Perplexity", texts.LEGEND)
     for study in report.read:
-        yield from texts.section(study, folder, named("perplexity", study.model))
+        yield from texts.section(study, folder, named("perplexity", study.files[0]))
     if report.compared:
         yield from ("## Next tokens beside dense attention's", LEGEND)
     for one in report.compared:
-        yield from comparison_section(one, folder, named("compare", one.path.stem))
+        yield from comparison_section(one, folder, named("compare", one.path))
     if layers := list(latency_sections(report.entries, folder)):
         yield from ("## Attention alone", *layers)
     if whole := list(ttft_sections(report.entries, folder)):
@@ -109,11 +109,12 @@ def page(report: Report, folder: Path) -> Iterator[Block]:
         yield paper.NEEDLE
 
 
-def _names() -> Callable[[str, str], str]:
-    """Names for pictures, each given once."""
+def _names() -> Callable[[str, Path], str]:
+    """Names for pictures by the files of their records, so that other records do not move them."""
     used: Counter[str] = Counter()
 
-    def named(kind: str, what: str) -> str:
+    def named(kind: str, path: Path) -> str:
+        what = path.parent.name if path.stem == "record" else path.stem
         name = what if what.startswith(kind) else f"{kind}-{slug(what)}"
         used[name] += 1
         return name if used[name] == 1 else f"{name}-{used[name]}"

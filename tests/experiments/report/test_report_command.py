@@ -20,7 +20,7 @@ def test_every_kind_has_its_tables_pictures_and_headline(tmp_path, capsys):
     pictures = re.findall(r"\]\((pictures/[^)]*)\)", text)
     assert len(pictures) == 11
     assert all((output / name).exists() for name in pictures)
-    assert (output / "pictures" / "needle-tiny.gguf.png").exists()
+    assert (output / "pictures" / "needle.png").exists()
     for line in (
         "| minference | 50.0 | 25.0 | 37.5 [13.7, 69.4] | -12.5 [-37.0, +17.0] | 12.5 | 0.5 | 1 |",
         "| 200 | minference | 25.0 | 12.5 | 0.5 | 1 | 1 | 16.00 |",
