@@ -22,8 +22,8 @@ MESH_NOTES = (
     "`mesh`: devices that share the work, tp its heads, cp the prompt; speed-up is over dense "
     "attention on the same mesh, `at peak` of all its devices, `peak` of the device with most. "
     "Parts are of one device only. `efficiency`: seconds of the same row on one device, over "
-    "devices times seconds. `as one device`: whether the likeliest token is that of one device, and "
-    "the largest difference of a logit among the likeliest tokens that both name, over the "
+    "devices times seconds. `as one device`: whether the likeliest token is that of one device, "
+    "and the largest difference of a logit among the likeliest tokens that both name, over the "
     "standard deviation of all logits."
 )
 
