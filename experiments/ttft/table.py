@@ -77,8 +77,8 @@ def as_one_device(rows: Rows, point: Point) -> tuple[bool, float | None] | None:
     one = on_one_device(rows, point)
     if one is None or one.timed_layers != point.timed_layers:
         return None
-    digests = [rows.figures[each].get("digest") for each in (one, point)]
-    return None if None in digests else agreement(*digests)
+    first, second = (rows.figures[each].get("digest") for each in (one, point))
+    return None if first is None or second is None else agreement(first, second)
 
 
 def ordered(rows: Rows) -> list[tuple[Point, Figures]]:

@@ -224,7 +224,7 @@ def time_runs(
 def in_order(executed: Executed, parts: int) -> Executed:
     """What was executed of a prompt, from the order of so many devices to that of the prompt."""
     order = natural_order(executed.count.shape[-1], parts)
-    return executed._replace(count=np.asarray(executed.count)[..., order])
+    return executed._replace(count=jnp.asarray(np.asarray(executed.count)[..., order]))
 
 
 def counts_of(executed: Executed, length: int) -> np.ndarray:
