@@ -45,7 +45,7 @@ def test_options_in_the_readme_exist(capsys):
     analyses = ("distribution", "coverage", "recall", "maps", "sparsity", "decoding")
     names = (
         "generate", "prefill", "search", "compare", "needle", "ruler", "infinitebench", "scbench",
-        "perplexity", "latency", "visited", "report",
+        "perplexity", "latency", "visited", "report", "ttft",
     )  # fmt: skip
     commands = [[name] for name in names]
     for command in commands + [["patterns", name] for name in analyses]:
