@@ -1,11 +1,35 @@
-"""What an attention visited, where no index of tiles says it."""
+"""What an attention visits: counted by itself where no index of tiles says it, or read from one."""
 
 import dataclasses
-from typing import no_type_check
+from typing import NamedTuple, no_type_check
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+from pallas_kernels import BlockSparseIndex
+
+
+class Executed(NamedTuple):
+    """What a layer's kernel computes, read from its index at no cost.
+
+    Attributes:
+        count: key tiles of every query tile.
+        columns: single keys of every head.
+        block_q: rows of a query tile.
+        block_kv: keys of a tile.
+    """
+
+    count: Int[Array, "*layers batch heads tiles"]
+    columns: Int[Array, "*layers batch heads"]
+    block_q: Int[Array, "*layers"]
+    block_kv: Int[Array, "*layers"]
+
+    @classmethod
+    def of(cls, index: BlockSparseIndex) -> "Executed":
+        """What the index of one layer makes a kernel compute."""
+        sizes = jnp.int32(index.block_q), jnp.int32(index.block_kv)
+        return cls(index.count, index.column_count, *sizes)
 
 
 @no_type_check

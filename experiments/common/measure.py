@@ -51,11 +51,15 @@ def density_of(pairs: VisitedPairs) -> float:
     return round(float(visited / causal), 6)
 
 
-def peak_memory() -> int:
-    """Returns the most memory held so far, in bytes: the device's, or on a CPU the process's."""
-    stats = jax.local_devices()[0].memory_stats() if jax.default_backend() != "cpu" else None
-    if stats and "peak_bytes_in_use" in stats:
-        return int(stats["peak_bytes_in_use"])
+def peak_memory(devices: int = 1) -> int:
+    """Returns the most memory held so far by one of the first devices, in bytes.
+
+    On a CPU it is the process's, which all of its devices share.
+    """
+    if jax.default_backend() != "cpu":
+        stats = [device.memory_stats() or {} for device in jax.local_devices()[:devices]]
+        if all("peak_bytes_in_use" in each for each in stats):
+            return max(int(each["peak_bytes_in_use"]) for each in stats)
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -1,14 +1,15 @@
 """Attention callables of this experiment: cuDNN's dense one, and one that costs nothing."""
 
 import dataclasses
-from typing import NamedTuple, no_type_check
+from typing import no_type_check
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+import minference_jax as mj
 from experiments.common.errors import UserError
 from experiments.common.methods import Method, parse_methods
+from minference_jax.pairs import Executed
 from pallas_kernels import BlockSparseIndex
 
 CUDNN = "cudnn"
@@ -48,35 +49,15 @@ def mix(
     return (groups + (k + v)[:, :, :, None]).reshape(q.shape)
 
 
-class Executed(NamedTuple):
-    """What a layer's kernel computes, read from its index at no cost.
-
-    Attributes:
-        count: key tiles of every query tile.
-        columns: single keys of every head.
-        block_q: rows of a query tile.
-        block_kv: keys of a tile.
-    """
-
-    count: Int[Array, "*layers batch heads tiles"]
-    columns: Int[Array, "*layers batch heads"]
-    block_q: Int[Array, "*layers"]
-    block_kv: Int[Array, "*layers"]
-
-
-def executed_of(index: BlockSparseIndex) -> Executed:
-    """What an index of one layer makes a kernel compute."""
-    sizes = jnp.int32(index.block_q), jnp.int32(index.block_kv)
-    return Executed(index.count, index.column_count, *sizes)
-
-
 def observe_executed(attention, q, k, v, **where):
     """The `observe` of a prefill that keeps `Executed`, None of attention without an index."""
+    if isinstance(attention, mj.ShardedAttention):
+        return attention.attend_executed(q, k, v, **where)
     attend = getattr(attention, "attend", None)
     if attend is None:
         return attention(q, k, v, **where), None
     out, index = attend(q, k, v, **where)
-    return out, executed_of(index)
+    return out, Executed.of(index) if isinstance(index, BlockSparseIndex) else None
 
 
 def read_methods(specs: tuple[str, ...], *, chunked: bool) -> list[Method]:

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
+from jax.sharding import Mesh
 from rich.console import Console
 
 import minference_jax as mj
+from experiments.common.devices import DeviceOptions
 from experiments.common.errors import UserError, check_writable, reported_as_user_error
 from experiments.common.measure import stage
 from experiments.common.methods import Method, for_model, usage
@@ -20,16 +22,19 @@ from experiments.common.options import (
     at_least,
 )
 from experiments.common.record import append_record, environment, remove_cut_line
-from experiments.common.shapes import ShapeName
+from experiments.common.session import sketch
+from experiments.common.shapes import SHAPES, ShapeName
 from experiments.perplexity.texts import files_of
 from experiments.ttft import flops, parts, whole
-from experiments.ttft.attention import Executed, read_methods
+from experiments.ttft.attention import read_methods
+from experiments.ttft.devices import check_devices, label_of, mesh_of, spread
 from experiments.ttft.plot import parts_picture, seconds_picture
 from experiments.ttft.prescribed import Densities
 from experiments.ttft.rows import KIND, Figures, Point, Rows, read_rows
 from experiments.ttft.subject import Subject, first_layers, of_model, of_shape, shortened
 from experiments.ttft.table import line, markdown
 from experiments.ttft.whole import Case
+from minference_jax.pairs import Executed
 from pallas_kernels.common.timing import Programs
 
 _DENSE = ("dense", "cudnn")
@@ -83,7 +88,7 @@ class Ttft:
     dense_layers: OptionalInt = None
     """Run dense methods on this many layers only, and extrapolate linearly, which rows say."""
     part_layers: int = 2
-    """First layers whose parts are timed apart (0: none)."""
+    """First layers whose parts are timed apart (0: none); on one device only."""
     repeats: int = 3
     """Timed runs after one to warm up; where that takes over 5 s it is the only run."""
     peak_tflops: Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")] = (
@@ -99,6 +104,7 @@ class Ttft:
     """Measure nothing: show what the record holds."""
     plot: OptionalPath = None
     """Folder for the table and the pictures."""
+    devices: DeviceOptions = dataclasses.field(default_factory=DeviceOptions)
 
     def __post_init__(self) -> None:
         """Raises UserError for options out of range or that clash."""
@@ -139,32 +145,40 @@ class Ttft:
                 raise UserError(f"{self.record} holds no rows; leave --render out to measure")
             self._show(rows, console)
 
-    def _load(self, methods: list[Method], progress: Console) -> tuple[Subject, list[Method]]:
-        longest = max(self.lengths)
+    def _load(
+        self, methods: list[Method], mesh: Mesh | None, progress: Console
+    ) -> tuple[Subject, list[Method]]:
+        longest, how = max(self.lengths), {"console": progress, "mesh": mesh}
         options = LoadOptions(
             model=self.model or "", dtype=self.dtype, tokenizer=self.tokenizer,
             rope_scaling=self.rope_scaling,
         )  # fmt: skip
+        whole = self.chunk_size is None
         if self.shape is not None:
+            check_devices(methods, SHAPES[self.shape](), mesh, whole=whole)
             return of_shape(
-                self.shape, dtype=options.jax_dtype, longest=longest, seed=self.seed,
-                console=progress,
+                self.shape, dtype=options.jax_dtype, longest=longest, seed=self.seed, **how
             ), methods  # fmt: skip
-        subject = of_model(options, files_of(self.texts), longest=longest, console=progress)
+        if mesh is not None:
+            model = sketch(options)
+            known = for_model(methods, model, Console(quiet=True))
+            check_devices(known, model.config, mesh, whole=whole)
+        subject = of_model(options, files_of(self.texts), longest=longest, **how)
         assert subject.model is not None
         return subject, for_model(methods, subject.model, progress)
 
     def _measure(self, progress: Console, console: Console) -> None:
         """Measures what the record lacks, and appends it."""
+        mesh = mesh_of(self.devices)
         methods = read_methods(self.methods, chunked=self.chunk_size is not None)
         rows = Rows(figures={}, environment={})
         if self.record is not None:
             with reported_as_user_error(OSError, ValueError):
                 rows = read_rows(self.record, like=environment(sys.argv))
-        subject, methods = self._load(methods, progress)
+        subject, methods = self._load(methods, mesh, progress)
         cases = [(length, method) for length in sorted(set(self.lengths)) for method in methods]
         # What cannot run is told before anything has.
-        ready = [self._prepare(subject, length, method) for length, method in cases]
+        ready = [self._prepare(subject, length, method, mesh) for length, method in cases]
         wanted = [(point, case) for point, case in ready if point not in rows.figures]
         if len(wanted) < len(ready):
             progress.print(f"{len(ready) - len(wanted)} rows are in {self.record} already")
@@ -174,8 +188,10 @@ class Ttft:
             if self._splits(point):
                 parts.add_shared(programs, subject, point.length, layers=self.part_layers)
                 parts.add_split(programs, case)
-            elif point.extrapolated:
+            elif point.extrapolated and mesh is None:
                 parts.add_shared(programs, subject, point.length, layers=0)
+            elif point.extrapolated:
+                parts.add_ends(programs, case)
         with stage(progress, f"compiling {len(wanted)} prefills and their parts side by side"):
             programs.compile()
         shared: dict[int, parts.Shared] = {}
@@ -187,9 +203,12 @@ class Ttft:
 
     def _splits(self, point: Point) -> bool:
         """Whether a row's parts are timed."""
-        return self.part_layers > 0 and self.chunk_size is None and not point.extrapolated
+        whole = self.chunk_size is None and not point.extrapolated
+        return self.part_layers > 0 and whole and point.mesh is None
 
-    def _prepare(self, subject: Subject, length: int, method: Method) -> tuple[Point, Case]:
+    def _prepare(
+        self, subject: Subject, length: int, method: Method, mesh: Mesh | None
+    ) -> tuple[Point, Case]:
         """A row's name, and what runs for it."""
         config = subject.config
         attention = method.attention(config.num_layers, config.num_heads)
@@ -214,9 +233,9 @@ class Ttft:
             rope_scaling=self.rope_scaling, text=subject.text, length=length, method=method.label,
             sha256=method.sha256, densities=source, kv_cache=self.kv_cache,
             chunk_size=self.chunk_size, dtype=str(subject.params["embed"]["embedding"].dtype),
-            layers=config.num_layers, timed_layers=layers,
+            layers=config.num_layers, timed_layers=layers, mesh=label_of(mesh),
         )  # fmt: skip
-        attention, timed = first_layers(attention, layers), shortened(subject, layers)
+        attention, timed = spread(first_layers(attention, layers), mesh), shortened(subject, layers)
         cache = whole.choose_cache(self.kv_cache, timed, attention, length, self.chunk_size)
         case = Case(
             name=f"{method.label}, {length:,} tokens", subject=timed, length=length,
@@ -238,7 +257,12 @@ class Ttft:
             figures["executed_share"] = whole.executed_share(executed, length)
             self._keep_densities(subject, point, case.attention, executed)
         splits = self._splits(point)
-        if splits or point.extrapolated:
+        if point.extrapolated and point.mesh is not None:
+            ends = parts.measure_ends(programs, case, tokens)
+            figures["seconds"] = parts.extrapolate(
+                figures["seconds"], ends, timed=point.timed_layers, layers=point.layers
+            )
+        elif splits or point.extrapolated:
             if length not in shared:
                 shared[length] = parts.measure_shared(programs, subject, tokens)
             figures |= parts.linear_figures(subject, shared[length], length)
@@ -247,22 +271,26 @@ class Ttft:
                 programs, case, tokens, figures["seconds"], executed, shared[length],
                 layers=self.part_layers,
             )  # fmt: skip
-        elif point.extrapolated:
+        elif point.extrapolated and point.mesh is None:
+            ends = shared[length].ends
             figures["seconds"] = parts.extrapolate(
-                figures["seconds"], shared[length], timed=point.timed_layers, layers=point.layers
+                figures["seconds"], ends, timed=point.timed_layers, layers=point.layers
             )
             figures |= parts.by_difference(figures["seconds"], subject, shared[length])
         done = flops.prompt_flops(subject.config, length)
         peak = self.peak_tflops * 1e12 if self.peak_tflops else flops.device_peak()
         figures |= {f"{kind}_flops": number for kind, number in done.items()}
         figures["distinct_tokens"] = subject.distinct
+        figures["devices"] = case.devices
         if peak is not None:
-            figures["dense_seconds_at_peak"] = sum(done.values()) / peak
+            figures["dense_seconds_at_peak"] = sum(done.values()) / (peak * case.devices)
         return figures
 
     def _keep_densities(
         self, subject: Subject, point: Point, attention: Any, executed: Executed
     ) -> None:
+        if isinstance(attention, mj.ShardedAttention):
+            attention = attention.attention
         adaptive = isinstance(attention, mj.AdaptiveAttention) and self.shape is None
         if self.densities is not None and adaptive:
             counts = whole.counts_of(executed, point.length)

@@ -23,13 +23,15 @@ import numpy as np
 from jaxtyping import Array
 
 from experiments.ttft import flops
-from experiments.ttft.attention import Executed, executed_of, mix
+from experiments.ttft.attention import mix
 from experiments.ttft.rows import Figures
 from experiments.ttft.subject import Subject
 from experiments.ttft.whole import Case, executed_pairs
+from minference_jax.pairs import Executed
 from models.common.config import DecoderConfig
 from models.common.layers import TOKENS_PER_CHUNK
 from models.common.passes import run_embedding, run_logits
+from models.common.placement import ONE_DEVICE, Placement
 from models.common.stack import run_layer
 from pallas_kernels.common.timing import Programs, time_calls
 
@@ -80,6 +82,18 @@ def measure_shared(programs: Programs, subject: Subject, tokens: Array) -> Share
     )
 
 
+def add_ends(programs: Programs, case: Case) -> None:
+    """Adds what `measure_ends` runs."""
+    own = _Layer(case.subject.config, case.length, case.place)
+    programs.add(f"ends {case.length}", own.ends, _ends(case.subject), case.arguments[1])
+
+
+def measure_ends(programs: Programs, case: Case, tokens: Array) -> float:
+    """Seconds of embedding and LM head on the devices of a prefill."""
+    arguments = _ends(case.subject), jax.device_put(tokens, case.everywhere)
+    return _median(programs.get(f"ends {case.length}", *arguments), *arguments)
+
+
 def add_split(programs: Programs, case: Case) -> None:
     """Adds what `split` runs."""
     own = _Layer(case.subject.config, case.length)
@@ -126,7 +140,7 @@ def split(
         if executed is not None:
             estimate = seconds(f"index {case.name}", attention, *qkv)
             index = call(f"index {case.name}", attention, *qkv)
-            found = jax.tree.map(lambda leaf: leaf[None], executed_of(index))
+            found = jax.tree.map(lambda leaf: leaf[None], Executed.of(index))
             pairs += float(executed_pairs(found, case.length)[0])
             del index
         times.append((kv, estimate, seconds(f"attend {case.name}", attention, *qkv)))
@@ -163,9 +177,9 @@ def linear_figures(subject: Subject, shared: Shared, length: int) -> Figures:
     }
 
 
-def extrapolate(seconds: float, shared: Shared, *, timed: int, layers: int) -> float:
-    """Seconds of all layers from those of a model of the first ones."""
-    return shared.ends + (seconds - shared.ends) * layers / timed
+def extrapolate(seconds: float, ends: float, *, timed: int, layers: int) -> float:
+    """Seconds of all layers from those of a model of the first ones, of which the ends are some."""
+    return ends + (seconds - ends) * layers / timed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,6 +188,7 @@ class _Layer:
 
     config: DecoderConfig
     length: int
+    place: Placement = ONE_DEVICE
 
     def shapes(self, subject: Subject) -> tuple[Any, Any, Any]:
         """Shapes of the tokens, the residual stream, and a layer's queries, keys and values."""
@@ -190,8 +205,10 @@ class _Layer:
         return run_embedding(params, tokens, config=self.config)
 
     def ends(self, params: Any, tokens: Array) -> tuple[Array, Array]:
-        x = self.embed(params, tokens)
-        return x, run_logits(params, x[:, -1], config=self.config)
+        tokens, *_ = self.place.arrange(tokens, None)
+        x = self.place.rows(self.embed(params, self.place.rows(tokens)))
+        last = self.place.row_at(x, jnp.full(x.shape[0], self.length - 1))
+        return x, self.place.logits(run_logits(params, last, config=self.config))
 
     def linear(self, layer: Any, x: Array) -> Array:
         return self._run(layer, x, lambda *qkv: (mix(*qkv), None))[0]

@@ -56,11 +56,12 @@ def parts_picture(rows: Rows, path: Path) -> Path | None:
 
 
 def _draw(axes: Axes, rows: Rows, items: list[tuple[Point, Figures]]) -> None:
-    for number, method in enumerate(dict.fromkeys(point.method for point, _ in items)):
-        points = [item for item in items if item[0].method == method]
+    name = lambda point: point.method + (f", {point.mesh}" if point.mesh else "")
+    for number, label in enumerate(dict.fromkeys(name(point) for point, _ in items)):
+        points = [item for item in items if name(item[0]) == label]
         x = [point.length for point, _ in points]
         style = line_style(number)
-        axes.plot(x, [row["seconds"] for _, row in points], label=method, lw=1.2, **style)
+        axes.plot(x, [row["seconds"] for _, row in points], label=label, lw=1.2, **style)
         for point, row in points:
             if point.extrapolated:
                 axes.plot(
@@ -72,8 +73,9 @@ def _draw(axes: Axes, rows: Rows, items: list[tuple[Point, Figures]]) -> None:
                     f"{ratio:.2g}x", (point.length, row["seconds"]), (3, -10), fontsize=7,
                     textcoords="offset points", color=style["color"],
                 )  # fmt: skip
-    peak = sorted({(p.length, row.get("dense_seconds_at_peak")) for p, row in items})
-    if all(seconds is not None for _, seconds in peak):
+    one = [(p.length, row.get("dense_seconds_at_peak")) for p, row in items if not p.mesh]
+    peak = sorted(set(one))
+    if peak and all(seconds is not None for _, seconds in peak):
         axes.plot(*zip(*peak, strict=True), ":", c="0.6", lw=1, label="dense at the device's peak")
     lengths = sorted({point.length for point, _ in items})
     axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="seconds to first token")

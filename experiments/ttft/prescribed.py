@@ -35,13 +35,19 @@ class Prescribed:
     """An estimator that runs another one, and visits as many blocks as it is told.
 
     Attributes:
-        estimator: runs at its full cost; its columns are visited, its blocks are not.
-        counts: key blocks of every query tile [heads, tiles], for a model [layers, heads, tiles]. A
-            tile with more than the layout's lists can hold visits every key, as ever.
+        estimator: of blocks; runs at its full cost, but what it finds is not visited.
+        counts: key blocks of every query tile of a prompt [heads, tiles], for a model [layers,
+            heads, tiles]. A tile with more than the layout's lists can hold visits every key, as
+            ever.
     """
 
     estimator: Estimator
     counts: Any
+
+    @property
+    def by_tile(self) -> bool:
+        """Whether the other one decides for each query tile alone; see `Estimator`."""
+        return getattr(self.estimator, "by_tile", False)
 
     def __call__(
         self,
@@ -52,14 +58,17 @@ class Prescribed:
         q_offset: Int[Array, ""],
         layout: Layout,
     ) -> BlockSparseIndex:
-        """The index; see `Estimator`. It is of whole prompts, all as long as the array."""
+        """The index; see `Estimator`. Tiles beyond a prompt's end visit nothing."""
         found = self.estimator(q, k, lengths=lengths, q_offset=q_offset, layout=layout)
         kv_len, capacity = k.shape[1], layout.capacity(k.shape[1])
         tile = jnp.arange(found.count.shape[2], dtype=jnp.int32)
-        ends = jnp.minimum((tile + 1) * layout.block_q, kv_len)
-        visible = -(-ends // layout.block_kv)[None, None]
+        first = q_offset + tile * layout.block_q
+        ends = jnp.minimum(first[None, :] + layout.block_q, lengths[:, None])
+        real = (first[None, :] < ends)[:, None]
+        visible = jnp.where(real, -(-ends // layout.block_kv)[:, None], 0)
         own = cdiv(layout.block_q, layout.block_kv)
-        wanted = jnp.clip(self.counts[None], jnp.minimum(own, visible), visible)
+        told = jnp.take(self.counts, first // layout.block_q, axis=1, mode="clip")
+        wanted = jnp.clip(told[None], jnp.minimum(own, visible), visible)
         # What was estimated takes part, with nothing, so that the compiler cannot drop it.
         wanted += jnp.minimum(found.count, 0)
         slot = jnp.arange(capacity, dtype=jnp.int32)
@@ -138,11 +147,14 @@ class Densities:
             raise UserError(f"{path} is of {counts.shape[2]} query tiles, expected {tiles}")
         nearest = lambda wanted, found: (np.arange(wanted) * 2 + 1) * found // (2 * wanted)
         taken = counts[nearest(layers, counts.shape[0])][:, nearest(heads, counts.shape[1])]
-        prescribed = dataclasses.replace(
-            attention,
-            estimator=Prescribed(attention.estimator, jnp.asarray(taken, jnp.int32)),
-            break_even=attention.keys_to_break_even(heads, head_dim),
-        )
+        told = lambda blocks: Prescribed(blocks, jnp.asarray(taken, jnp.int32))
+        estimator = attention.estimator
+        if isinstance(estimator, mj.WithColumns):
+            estimator = dataclasses.replace(estimator, blocks=told(estimator.blocks))
+        else:
+            estimator = told(estimator)
+        break_even = attention.keys_to_break_even(heads, head_dim)
+        prescribed = dataclasses.replace(attention, estimator=estimator, break_even=break_even)
         digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
         return prescribed, f"{model}, {path.name}, sha256 {digest}"
 

@@ -1,6 +1,7 @@
 """Rows of a record of times to first token: what was measured, and how a file is read."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ class Point:
         dtype: of weights and activations.
         layers: of the model.
         timed_layers: layers that were run; fewer than `layers` where the rest is extrapolated.
+        mesh: devices that share the work, as `tp=2,cp=2`; None for one.
     """
 
     model: str
@@ -45,6 +47,13 @@ class Point:
     dtype: str
     layers: int
     timed_layers: int
+    mesh: str | None = None
+
+    @property
+    def devices(self) -> int:
+        """How many devices share the work."""
+        parts = () if self.mesh is None else self.mesh.split(",")
+        return math.prod(int(part.partition("=")[2]) for part in parts)
 
     @property
     def extrapolated(self) -> bool:

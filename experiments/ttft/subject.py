@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Int
 from rich.console import Console
 
@@ -21,7 +22,9 @@ from experiments.common.shapes import SHAPES, ShapeName
 from models import Model
 from models.common.checks import check_context
 from models.common.config import DecoderConfig
-from models.common.decoder import init_params
+from models.common.decoder import abstract_params, init_params
+from models.common.weights.sharding import param_sharding
+from models.common.weights.table import flatten_paths, unflatten_paths
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -31,7 +34,7 @@ class Subject:
     Attributes:
         name: of the model or the shape.
         config: hyper-parameters.
-        params: weights, on the device.
+        params: weights, on the device or spread over those of a mesh.
         tokens: the prompt of a length [1, length].
         text: names of the texts, or that tokens are random.
         distinct: tokens that the texts have; longer prompts repeat them.
@@ -48,15 +51,25 @@ class Subject:
 
 
 def of_shape(
-    name: ShapeName, *, dtype: jnp.dtype, longest: int, seed: int, console: Console
+    name: ShapeName,
+    *,
+    dtype: jnp.dtype,
+    longest: int,
+    seed: int,
+    console: Console,
+    mesh: Mesh | None = None,
 ) -> Subject:
-    """A shape with random weights, made on the device; its context is the longest length."""
+    """A shape with random weights, made on the device; its context is the longest length.
+
+    On a mesh each device makes its part, which has the values of the same weights on one device.
+    """
     config = SHAPES[name]()
     # Weights that were never trained have no context that could be too short.
     config = dataclasses.replace(config, max_position=max(longest, config.max_position))
     params_key, tokens_key = jax.random.split(jax.random.key(seed))
     with stage(console, f"random weights of {name}"):
-        make = jax.jit(init_params, static_argnums=(0, 2))
+        where = None if mesh is None else _shardings(config, dtype, mesh)
+        make = jax.jit(init_params, static_argnums=(0, 2), out_shardings=where)
         params = jax.block_until_ready(make(config, params_key, dtype))
 
     def tokens(length: int) -> Array:
@@ -69,7 +82,12 @@ def of_shape(
 
 
 def of_model(
-    options: LoadOptions, texts: Sequence[Path], *, longest: int, console: Console
+    options: LoadOptions,
+    texts: Sequence[Path],
+    *,
+    longest: int,
+    console: Console,
+    mesh: Mesh | None = None,
 ) -> Subject:
     """A model and the beginning of its texts, one after the other, from the start if too short.
 
@@ -77,7 +95,7 @@ def of_model(
         UserError: the model or a text cannot be read, or the longest prompt exceeds the context.
     """
     books = [read_book(path) for path in texts] if texts else [packaged_chapter()]
-    model = load(options, console)
+    model = load(options, console, mesh)
     context = model.config.max_position
     try:
         check_context(longest, model.config)
@@ -119,6 +137,12 @@ def shortened(subject: Subject, number: int) -> Subject:
         config=dataclasses.replace(subject.config, num_layers=number),
         params={**subject.params, "layers": first_layers(subject.params["layers"], number)},
     )
+
+
+def _shardings(config: DecoderConfig, dtype: jnp.dtype, mesh: Mesh) -> Any:
+    leaves = flatten_paths(abstract_params(config, dtype))
+    place = lambda path, leaf: param_sharding(path, leaf.shape, mesh)
+    return unflatten_paths({path: place(path, leaf) for path, leaf in leaves.items()})
 
 
 def _repeated(ids: np.ndarray, length: int) -> Array:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 from rich.console import Console
 
@@ -16,13 +17,17 @@ from experiments.common.errors import UserError
 from experiments.common.kv_cache import PrefillCacheOptions
 from experiments.common.measure import peak_memory, stage
 from experiments.common.memory import check_room
-from experiments.ttft.attention import Executed, observe_executed
+from experiments.ttft.attention import observe_executed
+from experiments.ttft.digest import digest_of
 from experiments.ttft.rows import Figures
 from experiments.ttft.subject import Subject
 from minference_jax.kv_cache import KVCompression
+from minference_jax.pairs import Executed
+from minference_jax.sharding import natural_order
 from models.common.cache import kept_tokens
 from models.common.decoder import prefill
 from models.common.memory import PrefillMemory, compiled_bytes, device_memory, estimate_prefill
+from models.common.placement import Placement
 from pallas_kernels.common.timing import Programs
 
 # Room in the cache for an answer.
@@ -30,6 +35,8 @@ _NEW_TOKENS = 128
 # A run that takes longer is its own warm-up: what a first call costs besides is nothing beside it.
 # Not so where few layers stand for all: what is too much is then multiplied.
 _LONG = 5.0
+# On several devices it connects them, too, which takes seconds.
+_LONG_ON_MESH = 60.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,9 +112,26 @@ class Case:
     chunk_size: int | None
 
     @property
+    def place(self) -> Placement:
+        """Where the prefill runs."""
+        return Placement.of(self.attention)
+
+    @property
+    def devices(self) -> int:
+        """How many devices share the prefill."""
+        return 1 if self.place.attention is None else self.place.attention.mesh.size
+
+    @property
+    def everywhere(self) -> NamedSharding | None:
+        """How arrays lie that all devices have; None on one device."""
+        if self.place.attention is None:
+            return None
+        return NamedSharding(self.place.attention.auto_mesh, PartitionSpec())
+
+    @property
     def arguments(self) -> tuple[Any, ...]:
         """Of the program: parameters, shape of the tokens, attention, compression."""
-        tokens = jax.ShapeDtypeStruct((1, self.length), jnp.int32)
+        tokens = jax.ShapeDtypeStruct((1, self.length), jnp.int32, sharding=self.everywhere)
         return self.subject.params, tokens, self.attention, self.cache.compression
 
     def read(self, params: Any, tokens: Array, attention: Any, compression: Any) -> Any:
@@ -137,16 +161,20 @@ def measure(
     """Times a prefill, and returns what its attention executed, `[layers, ...]`.
 
     `seconds` is the median of `runs`; where the first run is long it is the only one, and
-    `warm` is false, unless it is `always_warm`. `peak_bytes` is what the device says, None unless
-    this program raised it: it is never reset, so that smaller programs after larger ones do not
-    show.
+    `warm` is false, unless it is `always_warm`. `peak_bytes` is what the device says, of several
+    the one with most, None unless this program raised it: it is never reset, so that smaller
+    programs after larger ones do not show. The estimate and `program_bytes` are of each device,
+    `cache_bytes` of all.
     """
     program = f"prefill {case.name}"
     compiled = programs.get(program, *case.arguments)
     params, _, *rest = case.arguments
+    if case.everywhere is not None:
+        tokens = jax.device_put(tokens, case.everywhere)
     needed = compiled_bytes(compiled)
     check_room(needed, device_memory())
-    before = peak_memory()
+    before = peak_memory(case.devices)
+    long = _LONG if case.devices == 1 else _LONG_ON_MESH
     found: list[Any] = []
 
     def run() -> None:
@@ -154,11 +182,11 @@ def measure(
         found.append(jax.block_until_ready(compiled(params, tokens, *rest)))
 
     with stage(console, f"{case.name}: reading"):
-        runs, warm = time_runs(run, repeats, long=math.inf if always_warm else _LONG)
+        runs, warm = time_runs(run, repeats, long=math.inf if always_warm else long)
     [(logits, kept, executed)] = found
     if not bool(jnp.all(jnp.isfinite(logits))):
         raise UserError(f"{case.name}: logits that are no numbers; are the weights right?")
-    peak = peak_memory()
+    peak = peak_memory(case.devices)
     figures = {
         "seconds": float(np.median(runs)),
         "runs": runs,
@@ -169,7 +197,10 @@ def measure(
         "estimate_bytes": case.cache.memory.peak,
         "program_bytes": needed,
         "peak_bytes": peak if peak > before else None,
+        "digest": digest_of(np.asarray(logits[0])),
     }
+    if executed is not None and case.place.parts > 1:
+        executed = in_order(executed, case.place.parts)
     return figures, executed
 
 
@@ -188,6 +219,12 @@ def time_runs(
         run()
         seconds.append(time.perf_counter() - start)
     return seconds, True
+
+
+def in_order(executed: Executed, parts: int) -> Executed:
+    """What was executed of a prompt, from the order of so many devices to that of the prompt."""
+    order = natural_order(executed.count.shape[-1], parts)
+    return executed._replace(count=jnp.asarray(np.asarray(executed.count)[..., order]))
 
 
 def counts_of(executed: Executed, length: int) -> np.ndarray:

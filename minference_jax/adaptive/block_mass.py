@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any, no_type_check
+from typing import Any, ClassVar, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,7 @@ class BlockMass:
         rows: rows of a whole query tile that are scored (static; divides block_q).
     """
 
+    by_tile: ClassVar[bool] = True
     mass: Any
     rows: int = dataclasses.field(default=128, metadata={"static": True})
 

@@ -1,7 +1,7 @@
 """Key blocks above a share of the best one, for each query tile."""
 
 import dataclasses
-from typing import Any, no_type_check
+from typing import Any, ClassVar, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +39,7 @@ class BlockThreshold:
             from those around them; scores cost this many times more.
     """
 
+    by_tile: ClassVar[bool] = True
     alpha: Any
     sink_blocks: int = dataclasses.field(default=1, metadata={"static": True})
     local_blocks: Any = 4

@@ -53,7 +53,8 @@ class Estimator(Protocol):
 
     An implementation is a pytree: its parameters are data, so that other values do not recompile.
     A parameter is a number for all heads or an array of one for each list ([heads], or [kv_heads]
-    where lists are shared).
+    where lists are shared). One that decides for each query tile by its own queries and all keys
+    says so by an attribute `by_tile`, true: with it, prompts can be split over devices.
     """
 
     def __call__(

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any, no_type_check
+from typing import Any, ClassVar, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +37,7 @@ class XAttention:
         stride: rows and keys of a group (static; divides block_q and block_kv).
     """
 
+    by_tile: ClassVar[bool] = True
     tau: Any
     stride: int = dataclasses.field(default=16, metadata={"static": True})
 

@@ -14,10 +14,14 @@ from minference_jax.adaptive import AdaptiveAttention, IndexedAttention
 from minference_jax.attention import DenseAttention, SparseAttention, take_layer
 from minference_jax.baselines import StaticAttention
 from minference_jax.index import fallback
-from minference_jax.pairs import CountedPairs
+from minference_jax.pairs import CountedPairs, Executed
 from minference_jax.patterns import Kind
 from minference_jax.sharding.parts import attend_by_parts, why_not_by_parts
-from pallas_kernels.block_sparse_attention.index import num_q_blocks, resolve_lengths
+from pallas_kernels.block_sparse_attention.index import (
+    BlockSparseIndex,
+    num_q_blocks,
+    resolve_lengths,
+)
 from pallas_kernels.common.checks import check_attention_shapes, check_lengths
 
 # Axes of a mesh: over HEADS_AXIS models split their parameters, too.
@@ -125,7 +129,7 @@ class ShardedAttention:
         q_offset: Int[Array, ""] | None = None,
     ) -> Float[Array, "batch q_len heads head_dim"]:
         """The output; raises as `attend`."""
-        return self._run(q, k, v, lengths, q_offset, count=False)[0]
+        return self._run(q, k, v, lengths, q_offset, see=None, seen=None)[0]
 
     def attend(
         self,
@@ -142,13 +146,38 @@ class ShardedAttention:
             ValueError: the heads or the prompt cannot be split like this, the attention cannot be
                 split, or what it raises itself.
         """
-        return self._run(q, k, v, lengths, q_offset, count=True)
+        seen = PartitionSpec(None, self.heads_axis)
+        return self._run(q, k, v, lengths, q_offset, see=_count, seen=seen)
 
-    def _run(self, q, k, v, lengths, q_offset, *, count) -> tuple[Any, Any]:
+    def attend_executed(
+        self,
+        q: Float[Array, "batch q_len heads head_dim"],
+        k: Float[Array, "batch kv_len kv_heads head_dim"],
+        v: Float[Array, "batch kv_len kv_heads head_dim"],
+        *,
+        lengths: Int[Array, " batch"] | None = None,
+        q_offset: Int[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "batch q_len heads head_dim"], Executed | None]:
+        """The output and what the kernels of all devices compute, at no cost; raises as `attend`.
+
+        Query tiles are in the order of their rows. None of attention without an index of tiles.
+        """
+        attend = getattr(self.attention, "attend", None)
+        if attend is None:
+            return self(q, k, v, lengths=lengths, q_offset=q_offset), None
+        index = jax.eval_shape(attend, q, k, v, lengths=lengths, q_offset=q_offset)[1]
+        if not isinstance(index, BlockSparseIndex):
+            return self(q, k, v, lengths=lengths, q_offset=q_offset), None
+        of_tiles = PartitionSpec(None, self.heads_axis, self.sequence_axis)
+        of_heads, alike = PartitionSpec(None, self.heads_axis), PartitionSpec()
+        seen: Any = (of_tiles, of_heads, alike, alike)
+        return self._run(q, k, v, lengths, q_offset, see=_executed, seen=Executed(*seen))
+
+    def _run(self, q, k, v, lengths, q_offset, *, see, seen) -> tuple[Any, Any]:
         check_attention_shapes(q, k, v)
         check_lengths(lengths, q.shape[0], k.shape[1])
         self._check(q, k, q_offset)
-        lengths, q_offset = resolve_lengths(q.shape[0], q.shape[1], k.shape[1], lengths, q_offset)
+        lengths, _ = resolve_lengths(q.shape[0], q.shape[1], k.shape[1], lengths, q_offset)
         # What does not fit the attention is told in numbers of the whole.
         jax.eval_shape(self.attention, q, k, v, lengths=lengths, q_offset=q_offset)
         attention = _decided(self.attention, q, k)
@@ -161,37 +190,33 @@ class ShardedAttention:
         )
         everywhere = PartitionSpec()
         run = jax.shard_map(
-            functools.partial(self._on_device, kv_heads=k.shape[2], count=count),
+            functools.partial(self._on_device, kv_heads=k.shape[2], see=see),
             mesh=self.auto_mesh,
             in_specs=(arrays, queries, keys, keys, everywhere, everywhere),
-            out_specs=(queries, PartitionSpec(None, self.heads_axis)),
+            out_specs=(queries, seen),
             check_vma=False,  # kernels loop as long as their data says
         )
         return run(jax.tree.map(jnp.asarray, attention), q, k, v, lengths, q_offset)
 
-    def _on_device(self, attention, q, k, v, lengths, q_offset, *, kv_heads, count):
-        """The output of this device's heads and rows, and the pairs of its heads."""
+    def _on_device(self, attention, q, k, v, lengths, q_offset, *, kv_heads, see):
+        """The output of this device's heads and rows, and what `see` finds of these."""
         if kv_heads < self.head_devices:
             own = jax.lax.axis_index(self.heads_axis) * kv_heads // self.head_devices
             k, v = (jax.lax.dynamic_slice_in_dim(x, own, 1, axis=2) for x in (k, v))
         axis = self.sequence_axis
         kv_len = k.shape[1] * self.prompt_devices
+        at: dict[str, Any] = {"lengths": lengths, "q_offset": q_offset}
         if axis is not None and self.prompt_devices > 1:
             chunks = attend_by_parts(attention, q, k, v, lengths=lengths, axis=axis)
-        elif count:
-            chunks = [(*attention.attend(q, k, v, lengths=lengths, q_offset=q_offset), q_offset)]
+        elif see is None:
+            return attention(q, k, v, **at), None
         else:
-            return attention(q, k, v, lengths=lengths, q_offset=q_offset), None
+            _, offset = resolve_lengths(q.shape[0], q.shape[1], kv_len, lengths, q_offset)
+            chunks = [(*attention.attend(q, k, v, **at), offset)]
         out = jnp.concatenate([out for out, _, _ in chunks], axis=1)
-        if not count:
+        if see is None:
             return out, None
-        rows = q.shape[1] // len(chunks)
-        counts = [
-            _count(index, rows, kv_len, lengths=lengths, q_offset=offset)
-            for _, index, offset in chunks
-        ]
-        pairs = jax.tree.map(lambda *x: sum(x), *counts)
-        return out, pairs if axis is None else jax.lax.psum(pairs, axis)
+        return out, see(chunks, q.shape[1] // len(chunks), kv_len, lengths=lengths, axis=axis)
 
     def _spec_of_array(self, path, leaf, *, heads):
         """Arrays of the attention are [heads, ...] (or of KV heads), or the same for all heads."""
@@ -281,7 +306,23 @@ def _decided_adaptive(attention, q, k):
     return dataclasses.replace(attention, break_even=0)
 
 
-def _count(index, q_len, kv_len, *, lengths, q_offset):
+def _count(chunks, rows, kv_len, *, lengths, axis):
+    """The pairs of some consecutive queries in each chunk, over the devices of a prompt."""
+    counts = [
+        _count_chunk(index, rows, kv_len, lengths=lengths, q_offset=offset)
+        for _, index, offset in chunks
+    ]
+    pairs = jax.tree.map(lambda *x: sum(x), *counts)
+    return pairs if axis is None else jax.lax.psum(pairs, axis)
+
+
+def _executed(chunks, rows, kv_len, *, lengths, axis):
+    """What the kernel computes of each chunk, one after the other."""
+    found = [Executed.of(index) for _, index, _ in chunks]
+    return found[0]._replace(count=jnp.concatenate([x.count for x in found], axis=2))
+
+
+def _count_chunk(index, q_len, kv_len, *, lengths, q_offset):
     """The pairs of some consecutive queries."""
     visited, causal = index.visited_pairs(q_len, kv_len, lengths=lengths, q_offset=q_offset)
     if isinstance(index, CountedPairs):

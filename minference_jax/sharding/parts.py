@@ -11,21 +11,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from minference_jax.adaptive import (
-    AdaptiveAttention,
-    BlockMass,
-    BlockThreshold,
-    IndexedAttention,
-    WithColumns,
-    XAttention,
-)
+from minference_jax.adaptive import AdaptiveAttention, IndexedAttention, WithColumns
 from minference_jax.attention import DenseAttention, SparseAttention
 from minference_jax.index.lines import LAST_Q
 from minference_jax.patterns import Kind
 from pallas_kernels.line_scores import line_scores
-
-# Estimators that decide for each query tile by its own queries and all keys.
-_BY_TILE = (BlockThreshold, BlockMass, XAttention)
 
 
 def why_not_by_parts(attention: Any) -> str | None:
@@ -36,7 +26,7 @@ def why_not_by_parts(attention: Any) -> str | None:
         return f"{type(attention).__name__} needs the queries of the whole prompt in order"
     estimator = attention.estimator
     blocks = estimator.blocks if isinstance(estimator, WithColumns) else estimator
-    if isinstance(blocks, _BY_TILE):
+    if getattr(blocks, "by_tile", False):
         return None
     return f"{type(blocks).__name__} decides for a query tile by queries of others"
 

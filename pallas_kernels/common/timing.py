@@ -21,7 +21,8 @@ class Programs:
     """Jitted programs by a name and the shapes of what they take.
 
     `add` all of them, `compile` once (in threads: XLA and ptxas run outside Python's lock), then
-    `get` each. Arguments of equal shapes share a program, so other data compiles nothing.
+    `get` each. Arguments of equal shapes share a program, so other data compiles nothing. Those on
+    several devices are taken where they lie.
     """
 
     def __init__(self) -> None:
@@ -111,8 +112,14 @@ def time_calls(
 
 def _key(name: str, arguments: tuple) -> Any:
     leaves, structure = jax.tree.flatten(arguments)
-    return name, structure, tuple((x.shape, x.dtype) for x in leaves)
+    return name, structure, tuple((x.shape, x.dtype, _spread(x)) for x in leaves)
 
 
 def _shape(x: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_spread(x))
+
+
+def _spread(x: Any) -> jax.sharding.Sharding | None:
+    """How an array, or its shape, lies on several devices; None on one, or on the host."""
+    sharding = getattr(x, "sharding", None)
+    return None if sharding is None or len(sharding.device_set) == 1 else sharding

@@ -15,11 +15,12 @@ from experiments.common import shapes
 from experiments.common.methods import parse_method
 from experiments.common.record import append_record, read_records
 from experiments.ttft import parts, whole
-from experiments.ttft.attention import CudnnAttention, Executed
+from experiments.ttft.attention import CudnnAttention
 from experiments.ttft.prescribed import Densities, Prescribed
 from experiments.ttft.rows import KIND, Point, read_rows
 from experiments.ttft.subject import Subject
 from experiments.ttft.table import markdown, speed_up
+from minference_jax.pairs import Executed
 from models.common.decoder import abstract_params
 from pallas_kernels.common import environment
 from pallas_kernels.common.timing import Programs
@@ -98,7 +99,7 @@ def test_prescribed_heads_visit_exactly_what_they_are_told(tmp_path):
         parse_method("minference"), attention, length, layers=layers, heads=heads, head_dim=16
     )
     assert source.startswith("another")
-    assert isinstance(given.estimator, Prescribed)
+    assert isinstance(given.estimator.blocks, Prescribed)
     q, k = (
         jax.random.normal(jax.random.key(at), (1, length, n, 16)) for at, n in enumerate((heads, 2))
     )
@@ -131,8 +132,7 @@ def test_executed_pairs_are_those_of_the_lists():
 
 
 def test_extrapolation_counts_the_ends_once():
-    shared = parts.Shared(ends=1.0, linear=2.0, plain=1.5)
-    assert parts.extrapolate(5.0, shared, timed=2, layers=8) == 1.0 + 4 * 4.0
+    assert parts.extrapolate(5.0, 1.0, timed=2, layers=8) == 1.0 + 4 * 4.0
 
 
 def test_programs_of_the_8b_at_a_million_tokens_lower_for_cuda(monkeypatch):
