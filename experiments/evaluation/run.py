@@ -10,24 +10,15 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.common.calibration import Attentions
-from experiments.common.errors import UserError, check_writable, reported_as_user_error
-from experiments.common.fingerprint import fingerprint
-from experiments.common.methods import Method, for_model, parse_methods
-from experiments.common.session import load
+from experiments.common.methods import Method, parse_methods
 from experiments.evaluation.answer import Answerer, Batch
-from experiments.evaluation.folder import (
-    claim,
-    claim_calibrations,
-    claim_methods,
-    settings_of,
-    write_record,
-)
+from experiments.evaluation.begin import begin
+from experiments.evaluation.folder import claim_calibrations, write_record
 from experiments.evaluation.options import Evaluation
 from experiments.evaluation.predict import Prediction, predict, read_predictions, tokenise
 from experiments.evaluation.sample import Sample
-from experiments.evaluation.stages import Draft, Metric, Score, limited, prepare, score
+from experiments.evaluation.stages import Draft, Metric, Score, prepare, score
 from models import Model
-from models.common.checks import check_context
 
 # Options that may change when a run goes on: what is there stays as it is.
 _FREE = ("output", "limit", "methods", "batch_size")
@@ -95,20 +86,10 @@ def evaluate(
     Raises:
         UserError: an input cannot be used, or the folder holds another run.
     """
-    folder, methods = config.folder, parse_methods(config.methods)
-    check_chunks(methods, config.model.chunk_size)
-    check_writable(folder, folder=True)
-    claim(folder, {"kind": config.kind, **settings_of(config, free=_FREE), **settings})
-    folders = claim_methods(folder, methods)
-    model = load(config.model, progress := Console(stderr=True))
-    claim(folder, {"model_sha256": fingerprint(model)})
-    methods = for_model(methods, model, progress)
-    claim_methods(folder, methods)
-    # A method for another model is told before any work.
-    attentions = Attentions(methods, model, chat=config.chat)
-    wanted = limited(drafts(model), config.limit)
-    with reported_as_user_error(ValueError):
-        check_context(max(draft.length for draft in wanted), model.config)
+    folder = config.folder
+    model, methods, attentions, folders, wanted = begin(
+        config, parse_methods(config.methods), free=_FREE, settings=settings, drafts=drafts
+    )
     samples = prepare(folder, wanted)
     prompts = functools.cache(lambda: tokenise(samples, model, chat=config.chat))
     answerer = Answerer(model, chunk_size=config.model.chunk_size)
@@ -140,18 +121,6 @@ def _with_method(
     return lambda batch: function(
         batch, attentions.at(method, batch.length, asks=True), compression
     )
-
-
-def check_chunks(methods: Sequence[Method], chunk_size: int | None) -> None:
-    """Raises UserError if a method that needs prompts whole is to read them in chunks."""
-    if chunk_size is None:
-        return
-    for method in methods:
-        needs = f"--methods: {method.label} needs the whole prompt at once; leave out --chunk-size"
-        if method.whole or method.calibrated is not None:
-            raise UserError(needs)
-        if method.kept is not None:
-            raise UserError(f"{needs} or +{method.kept.label}")
 
 
 def _known(folder: Path, samples: Sequence[Sample]) -> list[Prediction]:
