@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from experiments.common import record as records
 from experiments.common.errors import UserError
 from experiments.common.fingerprint import fingerprint
 from experiments.common.methods import parse_method
@@ -422,6 +423,17 @@ def test_a_folder_with_lines_belongs_to_one_setting(tmp_path):
     with pytest.raises(UserError, match="made with model = m, this one has n"):
         claim(tmp_path, {"seed": 0, "model": "n"})
     assert json.loads((tmp_path / "settings.json").read_text())["lengths"] == [1, 2]
+
+
+def test_a_record_keeps_what_an_earlier_part_of_the_run_used(tmp_path, monkeypatch):
+    claim(tmp_path, {"model_sha256": "m"})
+    for used in ({"attention": ["xla"]}, {}, {"attention": ["mosaic"], "scores": ["xla"]}):
+        monkeypatch.setattr(records, "used_implementations", lambda found=used: found)
+        config = Words(model=ModelOptions(model="tiny"))
+        folder.write_record(tmp_path, parse_method("dense"), kind="w", config=config, result={})
+    [kept] = read_records(tmp_path / "record.jsonl")
+    wanted = {"attention": ["mosaic", "xla"], "scores": ["xla"]}
+    assert kept["environment"]["implementations"] == wanted
 
 
 def test_what_is_compiled_first_is_what_runs(answerer):
