@@ -1,7 +1,7 @@
 """A whole run: the stages in their order, for each method, and its record."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,8 +54,8 @@ _AVERAGED = Mean._fields[3:]
 _METHOD_WIDTH = 10
 _FIRST_WIDTH = 45
 
-# Costs as they are shown.
-_COSTS: dict[str, Callable[[list[Score]], str]] = {
+# Costs of samples as they are shown.
+COSTS: dict[str, Callable[[list[Score]], str]] = {
     "pairs visited, %": lambda group: f"{100 * _average(group, 'density'):.1f}",
     "prefill, s": lambda group: f"{_average(group, 'prefill_seconds'):.3g}",
     "decoding, s": lambda group: f"{_average(group, 'decode_seconds'):.3g}",
@@ -144,21 +144,31 @@ def means(scores: Sequence[Score]) -> list[Mean]:
 def table(scores: dict[str, list[Score]], *, title: str) -> Table:
     """Returns a column for each method: its scores, then what each length costs per prompt."""
     found = Table(title=title)
-    found.add_column("score, %", no_wrap=True)
-    for name in ("tokens", "samples"):
-        found.add_column(name, justify="right", no_wrap=True)
+    add_first(found)
     add_methods(found, list(scores))
     of_methods = [means(of_method) for of_method in scores.values()]
     for row in zip(*of_methods, strict=True):
         cells = (f"{100 * mean.score:.1f}" for mean in row)
         found.add_row(row[0].task, f"{row[0].length:,}", str(row[0].samples), *cells)
-    lengths = dict.fromkeys(mean.length for mean in of_methods[0])
-    for name, cell in _COSTS.items():
+    add_costs(found, scores)
+    return found
+
+
+def add_costs(found: Table, scores: Mapping[str, Sequence[Score]]) -> None:
+    """Adds what each length costs per prompt to a table of task, tokens, samples and methods."""
+    lengths = dict.fromkeys(one.length for one in next(iter(scores.values())))
+    for name, cell in COSTS.items():
         found.add_section()
         for length in lengths:
             groups = [[one for one in each if one.length == length] for each in scores.values()]
             found.add_row(name, f"{length:,}", str(len(groups[0])), *map(cell, groups))
-    return found
+
+
+def add_first(found: Table) -> None:
+    """Adds the columns of tasks, tokens and samples."""
+    found.add_column("score, %", no_wrap=True)
+    for name in ("tokens", "samples"):
+        found.add_column(name, justify="right", no_wrap=True)
 
 
 def add_methods(found: Table, labels: Sequence[str]) -> None:
