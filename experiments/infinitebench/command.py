@@ -51,7 +51,12 @@ class InfiniteBench(Evaluation):
     def run(self) -> None:
         """Runs the command; raises UserError if an input cannot be used."""
         console = Console()
+        if self.data is not None and not self.data.is_dir():
+            raise UserError(f"--data: there is no folder {self.data}; check the path")
         files = {task: self._file(task) for task in self.tasks}
+        for task, file in files.items():
+            if file is None and self.data is not None:
+                console.print(f"made: {task}, {self.data} holds no {task}.jsonl", soft_wrap=True)
         sources = {
             f"{task}_sha256": "made" if file is None else file.sha256
             for task, file in files.items()

@@ -116,6 +116,7 @@ def test_the_table_has_a_column_for_each_method():
             ["--tasks", "passkey", "code_run", "--data", "."], "code_run needs code_run.jsonl",
             id="no-file",
         ),
+        pytest.param(["--data", "nowhere"], "there is no folder nowhere", id="no-folder"),
         pytest.param(["--tasks", "code_debug", "--data", "bad"], "line 1: not JSON", id="no-json"),
         pytest.param(["--length", "80"], "kv_retrieval take up to 80 tokens", id="length"),
         pytest.param(["--samples", "0"], "at least 1, got 0", id="samples"),
