@@ -1,13 +1,15 @@
 """What the documents say is there: files, options, code that runs, versions that agree."""
 
 import re
+import shlex
 import tomllib
 from pathlib import Path
 
 import jax
 import pytest
+import tyro
 
-from experiments.__main__ import main
+from experiments.__main__ import Command, main
 from tests.models.checkpoints import golden, write_hf
 
 ROOT = Path(__file__).parents[1]
@@ -55,6 +57,14 @@ def test_options_in_the_readme_exist(capsys):
     named = set(re.findall(r"--[a-z][\w-]+", README))
     assert {"--attention", "--compare"} <= named
     assert named <= known
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_commands_that_documents_show_are_accepted(path):
+    text = path.read_text(encoding="utf-8").replace("\\\n", " ")
+    shown = "\n".join(re.findall(r"```sh\n(.*?)```", text, flags=re.DOTALL))
+    for line in re.findall(r"^minference .*$", shown, flags=re.MULTILINE):
+        tyro.cli(Command, args=shlex.split(line, comments=True)[1:])
 
 
 @pytest.mark.parametrize("number", range(len(SNIPPETS)))

@@ -99,7 +99,8 @@ class AttentionOptions:
         """Returns these options with what is shipped for a model, if they name nothing; says so."""
         if not self._adaptive:
             return self
-        console.print(explain_default(model), highlight=False, soft_wrap=True)
+        others = "--patterns or --attention choose otherwise"
+        console.print(explain_default(model, others=others), highlight=False, soft_wrap=True)
         return dataclasses.replace(self, patterns=shipped_for(model))
 
     def build(self, *, num_layers: int, num_heads: int) -> Any:
@@ -146,19 +147,20 @@ def shipped_for(model: Model) -> str | None:
     return mj.recommended_patterns(model.config.num_layers, model.config.num_heads, model.name)
 
 
-def explain_default(model: Model) -> str:
-    """Returns in a line what `minference` without patterns is for a model, why, and what else."""
+def explain_default(model: Model, *, others: str) -> str:
+    """Returns in a line what `minference` without patterns is for a model, why, and what else.
+
+    Args:
+        model: the model.
+        others: how a command chooses something else.
+    """
     shipped, name = shipped_for(model), model.name or "without a name"
     if shipped is None:
         return (
             f"minference: no search is shipped for the model {name}, so alpha={ALPHA} and "
-            f"{NUM_COLUMNS} columns for every head; --patterns or --attention choose otherwise, "
-            "`minference search` finds patterns"
+            f"{NUM_COLUMNS} columns for every head; {others}, `minference search` finds patterns"
         )
-    return (
-        f"minference: {shipped}, found by a search for the model {name}; --patterns or "
-        "--attention choose otherwise"
-    )
+    return f"minference: {shipped}, found by a search for the model {name}; {others}"
 
 
 def read_attention(name: str) -> mj.SparseAttention | mj.AdaptiveAttention:
@@ -170,7 +172,7 @@ def read_attention(name: str) -> mj.SparseAttention | mj.AdaptiveAttention:
     shipped = mj.shipped_patterns()
     if name not in shipped and not Path(name).is_file():
         raise UserError(
-            f"--patterns: no pattern file at {name}, and none of this name is shipped; "
+            f"no pattern file at {name}, and none of this name is shipped; "
             f"shipped are: {', '.join(shipped) or 'none'}"
         )
     with reported_as_user_error(OSError, ValueError):

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from experiments.common.errors import UserError, reported_as_user_error
+from experiments.common.errors import UserError, one_line
 from experiments.common.options import OptionalText
 from minference_jax.kv_cache import (
     DropKV,
@@ -64,8 +64,10 @@ def parse_compression(spec: str, *, option: str) -> Compression:
     if make is None or len(sizes) != wanted or not all(size.isdecimal() for size in sizes):
         raise UserError(f"{option} must be {USAGE}, got {spec}")
     numbers = [int(size) for size in sizes]
-    with reported_as_user_error(ValueError):
+    try:
         make(1, *numbers)
+    except ValueError as error:
+        raise UserError(f"{option} cannot be {spec}: {one_line(error)}") from error
     label = f"{name}:{','.join(map(str, numbers))}"
     return Compression(label, lambda num_layers: make(num_layers, *numbers))
 

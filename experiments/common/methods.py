@@ -105,7 +105,8 @@ def for_model(methods: Sequence[Method], model: Model, console: Console) -> list
         return list(methods)
     sizes = model.config.num_layers, model.config.num_heads
     recommended = mj.recommended_attention(*sizes, model.name)
-    console.print(explain_default(model), highlight=False, soft_wrap=True)
+    others = "--methods can name others, as patterns:FILE"
+    console.print(explain_default(model, others=others), highlight=False, soft_wrap=True)
     return [
         dataclasses.replace(
             method, sha256=_digest(recommended), attention=lambda layers, heads: recommended

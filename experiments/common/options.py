@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -167,6 +168,15 @@ def at_least(name: str, value: int | float | None, least: int) -> None:
     """Raises UserError for an option below its least value; None is an option left out."""
     if value is not None and value < least:
         raise UserError(f"{flag(name)} must be at least {least}, got {value}")
+
+
+def all_different(name: str, values: Sequence[object]) -> None:
+    """Raises UserError for an option that names nothing, or something twice."""
+    if not values:
+        raise UserError(f"{flag(name)} must name at least one")
+    for value in values:
+        if values.count(value) > 1:
+            raise UserError(f"{flag(name)} names {value} twice; remove one")
 
 
 def _read_text(path: Path) -> str:

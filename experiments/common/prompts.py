@@ -59,15 +59,19 @@ def read_book(path: Path) -> str:
     files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
     if not files:
         raise UserError(f"there is no .txt file in {path}; name a text file, or a folder of them")
-    try:
-        text = "\n\n".join(file.read_text(encoding="utf-8").strip() for file in files)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text ({error}); convert it first") from error
-    except OSError as error:
-        raise UserError(f"cannot read {error.filename}: {error.strerror or error}") from error
+    text = "\n\n".join(map(_read_text, files)).strip()
     if not text:
         raise UserError(f"{path} holds no text")
     return text
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not UTF-8 text ({error}); convert it first") from error
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror or error}") from error
 
 
 def book_of(tasks: Collection[Task], path: Path | None) -> str:
@@ -217,7 +221,9 @@ def fit_size(
     """
     smallest = count(1)
     if smallest > length:
-        raise UserError(f"the shortest such prompt has {smallest} tokens, {length} were asked for")
+        raise UserError(
+            f"the shortest such prompt has {smallest} tokens, {length} were asked for; ask for more"
+        )
     # Tokens are nearly a line over sizes, and those of a long text take long to count: the next
     # size is where the line through two known ones meets the length. A word has at least a token.
     before, low, high, step = (0, 0), (1, smallest), None, 0

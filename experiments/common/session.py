@@ -23,6 +23,7 @@ from experiments.common.options import LoadOptions, SamplingOptions
 from minference_jax.kv_cache import KVCompression
 from models import LoadError, Model, abstract_model, load_model
 from models.common.cache import kept_tokens
+from models.common.checks import check_context
 from models.common.decoder import decode_step, prefill
 from models.common.memory import compiled_bytes, device_memory
 from models.common.sampling import Sampling, choice_of, choose_tokens
@@ -110,6 +111,18 @@ def sketch(options: LoadOptions) -> Model:
             tokenizer=options.tokenizer,
             rope_scaling=options.scaling,
         )
+
+
+def check_fits(length: int, model: Model) -> None:
+    """Raises UserError when prompts of `length` tokens are longer than the model's context."""
+    try:
+        check_context(length, model.config)
+    except ValueError as error:
+        context = model.config.max_position
+        raise UserError(
+            f"{length} tokens do not fit the model's context of {context}; ask for at most that, "
+            f"or extend it with --rope-scaling, for example yarn:{math.ceil(length / context)}"
+        ) from error
 
 
 def encode(

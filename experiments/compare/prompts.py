@@ -21,9 +21,8 @@ from experiments.common.prompts import (
     fit_prompt,
     read_book,
 )
-from experiments.common.session import encode
+from experiments.common.session import check_fits, encode
 from models import Model
-from models.common.checks import check_context
 
 # The task of a prompt that is a file.
 FILE = "file"
@@ -157,14 +156,14 @@ def tokenise(model: Model, source: Source, *, chat: bool) -> Reading:
         # A chat template writes the first token itself.
         return model.tokenizer.encode(text, add_special_tokens=not templated)
 
+    check_fits(source.length, model)
     with reported_as_user_error(ValueError):
-        check_context(source.length, model.config)
         prompt = fit_prompt(whole, lambda text: len(ids(text)), source.length)
         tokens, both = ids(prompt.text), ids(prompt.text + prompt.answer)
         if prompt.answer:
             # Prompt and answer may share a token; it belongs to the answer.
             same = np.cumprod([a == b for a, b in zip(tokens, both, strict=False)]).sum()
             tokens = both[:same]
-        check_context(len(both), model.config)
+        check_fits(len(both), model)
     answer = both[len(tokens) :]
     return Reading(name=name, task=task, tokens=tokens, answer=answer, length=source.length)

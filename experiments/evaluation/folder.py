@@ -151,5 +151,11 @@ def write_record(
     }
     record = make_record(kind=kind, argv=sys.argv, config=config, result=about | result)
     records = {line["result"]["method"]: line for line in read_lines(path)}
+    if method.label in records:  # predictions that were there already ran in another process
+        before = records[method.label]["environment"]["implementations"]
+        here = record["environment"]["implementations"]
+        record["environment"]["implementations"] = {
+            name: sorted({*before.get(name, ()), *here.get(name, ())}) for name in before | here
+        }
     replace_lines(path, [*(records | {method.label: record}).values()])
     return path

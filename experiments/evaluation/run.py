@@ -1,7 +1,7 @@
 """A whole run: the stages in their order, for each method, and its record."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,24 +10,15 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.common.calibration import Attentions
-from experiments.common.errors import UserError, check_writable, reported_as_user_error
-from experiments.common.fingerprint import fingerprint
-from experiments.common.methods import Method, for_model, parse_methods
-from experiments.common.session import load
+from experiments.common.methods import Method, parse_methods
 from experiments.evaluation.answer import Answerer, Batch
-from experiments.evaluation.folder import (
-    claim,
-    claim_calibrations,
-    claim_methods,
-    settings_of,
-    write_record,
-)
+from experiments.evaluation.begin import begin
+from experiments.evaluation.folder import claim_calibrations, write_record
 from experiments.evaluation.options import Evaluation
 from experiments.evaluation.predict import Prediction, predict, read_predictions, tokenise
 from experiments.evaluation.sample import Sample
-from experiments.evaluation.stages import Draft, Metric, Score, limited, prepare, score
+from experiments.evaluation.stages import Draft, Metric, Score, prepare, score
 from models import Model
-from models.common.checks import check_context
 
 # Options that may change when a run goes on: what is there stays as it is.
 _FREE = ("output", "limit", "methods", "batch_size")
@@ -63,8 +54,8 @@ _AVERAGED = Mean._fields[3:]
 _METHOD_WIDTH = 10
 _FIRST_WIDTH = 45
 
-# Costs as they are shown.
-_COSTS: dict[str, Callable[[list[Score]], str]] = {
+# Costs of samples as they are shown.
+COSTS: dict[str, Callable[[list[Score]], str]] = {
     "pairs visited, %": lambda group: f"{100 * _average(group, 'density'):.1f}",
     "prefill, s": lambda group: f"{_average(group, 'prefill_seconds'):.3g}",
     "decoding, s": lambda group: f"{_average(group, 'decode_seconds'):.3g}",
@@ -95,20 +86,10 @@ def evaluate(
     Raises:
         UserError: an input cannot be used, or the folder holds another run.
     """
-    folder, methods = config.folder, parse_methods(config.methods)
-    check_chunks(methods, config.model.chunk_size)
-    check_writable(folder, folder=True)
-    claim(folder, {"kind": config.kind, **settings_of(config, free=_FREE), **settings})
-    folders = claim_methods(folder, methods)
-    model = load(config.model, progress := Console(stderr=True))
-    claim(folder, {"model_sha256": fingerprint(model)})
-    methods = for_model(methods, model, progress)
-    claim_methods(folder, methods)
-    # A method for another model is told before any work.
-    attentions = Attentions(methods, model, chat=config.chat)
-    wanted = limited(drafts(model), config.limit)
-    with reported_as_user_error(ValueError):
-        check_context(max(draft.length for draft in wanted), model.config)
+    folder = config.folder
+    model, methods, attentions, folders, wanted = begin(
+        config, parse_methods(config.methods), free=_FREE, settings=settings, drafts=drafts
+    )
     samples = prepare(folder, wanted)
     prompts = functools.cache(lambda: tokenise(samples, model, chat=config.chat))
     answerer = Answerer(model, chunk_size=config.model.chunk_size)
@@ -142,18 +123,6 @@ def _with_method(
     )
 
 
-def check_chunks(methods: Sequence[Method], chunk_size: int | None) -> None:
-    """Raises UserError if a method that needs prompts whole is to read them in chunks."""
-    if chunk_size is None:
-        return
-    for method in methods:
-        needs = f"--methods: {method.label} needs the whole prompt at once; leave out --chunk-size"
-        if method.whole or method.calibrated is not None:
-            raise UserError(needs)
-        if method.kept is not None:
-            raise UserError(f"{needs} or +{method.kept.label}")
-
-
 def _known(folder: Path, samples: Sequence[Sample]) -> list[Prediction]:
     """The predictions of a method if none is missing, otherwise none of them."""
     known = read_predictions(folder)
@@ -175,21 +144,31 @@ def means(scores: Sequence[Score]) -> list[Mean]:
 def table(scores: dict[str, list[Score]], *, title: str) -> Table:
     """Returns a column for each method: its scores, then what each length costs per prompt."""
     found = Table(title=title)
-    found.add_column("score, %", no_wrap=True)
-    for name in ("tokens", "samples"):
-        found.add_column(name, justify="right", no_wrap=True)
+    add_first(found)
     add_methods(found, list(scores))
     of_methods = [means(of_method) for of_method in scores.values()]
     for row in zip(*of_methods, strict=True):
         cells = (f"{100 * mean.score:.1f}" for mean in row)
         found.add_row(row[0].task, f"{row[0].length:,}", str(row[0].samples), *cells)
-    lengths = dict.fromkeys(mean.length for mean in of_methods[0])
-    for name, cell in _COSTS.items():
+    add_costs(found, scores)
+    return found
+
+
+def add_costs(found: Table, scores: Mapping[str, Sequence[Score]]) -> None:
+    """Adds what each length costs per prompt to a table of task, tokens, samples and methods."""
+    lengths = dict.fromkeys(one.length for one in next(iter(scores.values())))
+    for name, cell in COSTS.items():
         found.add_section()
         for length in lengths:
             groups = [[one for one in each if one.length == length] for each in scores.values()]
             found.add_row(name, f"{length:,}", str(len(groups[0])), *map(cell, groups))
-    return found
+
+
+def add_first(found: Table) -> None:
+    """Adds the columns of tasks, tokens and samples."""
+    found.add_column("score, %", no_wrap=True)
+    for name in ("tokens", "samples"):
+        found.add_column(name, justify="right", no_wrap=True)
 
 
 def add_methods(found: Table, labels: Sequence[str]) -> None:

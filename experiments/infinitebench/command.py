@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.common.errors import UserError
-from experiments.common.options import OptionalInt, OptionalPath, at_least
+from experiments.common.options import OptionalInt, OptionalPath, all_different, at_least
 from experiments.common.session import tokens_of
 from experiments.evaluation.options import Evaluation
-from experiments.evaluation.run import add_methods, evaluate, make_room, means
+from experiments.evaluation.run import add_costs, add_first, add_methods, evaluate, make_room, means
 from experiments.evaluation.sample import Sample
 from experiments.evaluation.stages import Draft, Score
 from experiments.infinitebench.build import sample_maker
@@ -43,8 +43,7 @@ class InfiniteBench(Evaluation):
         super().__post_init__()
         at_least("length", self.length, 1)
         at_least("samples", self.samples, 1)
-        if not self.tasks or len(set(self.tasks)) < len(self.tasks):
-            raise UserError(f"--tasks must be different tasks, got {self.tasks}")
+        all_different("tasks", self.tasks)
         for task in self.tasks:
             if self.length is not None and self.length <= MAX_NEW_TOKENS[task]:
                 raise UserError(_too_short(task, f"--length {self.length}"))
@@ -52,7 +51,12 @@ class InfiniteBench(Evaluation):
     def run(self) -> None:
         """Runs the command; raises UserError if an input cannot be used."""
         console = Console()
+        if self.data is not None and not self.data.is_dir():
+            raise UserError(f"--data: there is no folder {self.data}; check the path")
         files = {task: self._file(task) for task in self.tasks}
+        for task, file in files.items():
+            if file is None and self.data is not None:
+                console.print(f"made: {task}, {self.data} holds no {task}.jsonl", soft_wrap=True)
         sources = {
             f"{task}_sha256": "made" if file is None else file.sha256
             for task, file in files.items()
@@ -135,9 +139,10 @@ def metric(sample: Sample, answer: str) -> float:
 
 
 def task_table(scores: Mapping[str, Sequence[Score]], *, title: str) -> Table:
-    """Returns mean scores in percent: tasks down, methods across, averages below."""
+    """Returns mean scores in percent: tasks down, methods across, averages and costs below."""
     columns = {label: means(found) for label, found in scores.items()}
-    table = Table("score, %", "tokens", "samples", title=title)
+    table = Table(title=title)
+    add_first(table)
     add_methods(table, list(columns))
     for row in zip(*columns.values(), strict=True):
         first = row[0]
@@ -146,11 +151,9 @@ def task_table(scores: Mapping[str, Sequence[Score]], *, title: str) -> Table:
             *(f"{100 * mean.score:.1f}" for mean in row),
         )  # fmt: skip
     table.add_section()
-    for name, what in (("average", "score"), ("pairs visited, %", "density")):
-        averages = [
-            np.mean([getattr(mean, what) for mean in column]) for column in columns.values()
-        ]
-        table.add_row(name, "", "", *(f"{100 * value:.1f}" for value in averages))
+    averages = (np.mean([mean.score for mean in column]) for column in columns.values())
+    table.add_row("average", "", "", *(f"{100 * value:.1f}" for value in averages))
+    add_costs(table, scores)
     return table
 
 

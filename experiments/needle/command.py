@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 from rich.console import Console
 
-from experiments.common.errors import UserError
 from experiments.common.methods import slug
-from experiments.common.options import OptionalPath, at_least
+from experiments.common.options import OptionalPath, all_different, at_least
 from experiments.common.prompts import book_of
 from experiments.evaluation.options import Evaluation
 from experiments.evaluation.run import evaluate, make_room, table
@@ -41,8 +40,7 @@ class Needle(Evaluation):
         super().__post_init__()
         at_least("depths", self.depths, 1)
         at_least("rounds", self.rounds, 1)
-        if not self.lengths or len(set(self.lengths)) < len(self.lengths):
-            raise UserError(f"--lengths must be different lengths, got {self.lengths}")
+        all_different("lengths", self.lengths)
         at_least("lengths", min(self.lengths), 2 * MAX_NEW_TOKENS)
 
     def run(self) -> None:

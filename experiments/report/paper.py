@@ -178,6 +178,6 @@ COMPARABLE = (
     "and samples. Our `dense` is its full attention, `a_shape` its StreamingLLM, "
     "`streaming_dilated` and `streaming_strided` the variants of that, `inf_llm` its InfLLM. Its "
     "MInference has searched patterns, as our `patterns:…` have; our `minference` chooses blocks "
-    "and columns for each prompt, without a search. Averages as printed: some are not the means of "
-    "their rows."
+    "and columns for each prompt, by thresholds that are searched only where such are shipped. "
+    "Averages as printed: some are not the means of their rows."
 )

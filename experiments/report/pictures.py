@@ -6,7 +6,14 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
-from experiments.common.plotting import line_style, new_figure, save, short_tokens, wrapped
+from experiments.common.plotting import (
+    line_style,
+    log_seconds,
+    new_figure,
+    save,
+    short_tokens,
+    wrapped,
+)
 from experiments.evaluation.stages import Score
 from experiments.needle.plot import grids_picture
 from experiments.report.scores import Scored, base_of, by_length, costs, parse_name
@@ -55,14 +62,14 @@ def prefill_picture(study: Scored, path: Path) -> Path:
             line.set(color="0.35", linestyle="--")
         faster = f", {seconds[base][-1] / values[-1]:.2f} x" if base and not dashed else ""
         ends[label] = (values[-1], f"{label}{faster}", str(line.get_color()))
-    axes.set(xscale="log", yscale="log", xlabel="prompt (tokens)", ylabel="seconds to read it")
+    axes.set(xscale="log", xlabel="prompt (tokens)", ylabel="seconds to read it")
     named = [lengths[0]]
     for length in lengths[1:]:
         # Names of closer ones would lie over each other.
         named += [length] if length >= 1.6 * named[-1] else []
     axes.set_xticks(named, [short_tokens(length) for length in named])
+    log_seconds(axes)
     axes.minorticks_off()
-    axes.yaxis.set_major_formatter("{x:g}")
     axes.grid(alpha=0.3)
     axes.set_title(wrapped(f"{study.model}, {study.device}", figure), fontsize=8)
     low, high = np.log(axes.get_ylim())

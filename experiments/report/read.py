@@ -13,6 +13,8 @@ from experiments.common.record import parse_record
 KINDS = ("needle", "ruler", "infinitebench", "scbench", "perplexity", "compare", "latency", "ttft")
 # Tables made from rows that stand before them in the same file: they are made again.
 _DERIVED = ("compare_summary",)
+# What a run keeps beside its record.
+_PARTS = ("samples.jsonl", "predictions.jsonl", "scores.jsonl", "rows.jsonl")
 _NAMED = 3  # of the files that are left out
 
 
@@ -32,8 +34,8 @@ class Entry(NamedTuple):
 def read_entries(paths: Sequence[Path], console: Console) -> list[Entry]:
     """Returns the records of files, and of all JSONL files in folders, in order.
 
-    In folders, files that do not begin with a record of `KINDS` are left out, which is told: runs
-    keep samples and predictions beside their records.
+    In folders, files that do not begin with a record of `KINDS` are left out, which is told of all
+    but the samples and answers that runs keep beside their records.
 
     Args:
         paths: files and folders; a file named twice is read once.
@@ -53,16 +55,18 @@ def read_entries(paths: Sequence[Path], console: Console) -> list[Entry]:
     for file, in_folder in dict(part for path in paths for part in _files(path)).items():
         lines = _whole_lines(file, console)
         if in_folder and not _begins_with_record(file, lines):
-            left_out.append(file)
+            left_out += [file] if file.name not in _PARTS else []
             continue
         found = [entry for entry in _entries(file, lines) if entry.record["kind"] in KINDS]
         if not found:
             raise UserError(f"{file} holds no records; name a file that a command has written")
         entries += found
     if left_out:
-        names = ", ".join(map(str, left_out[:_NAMED])) + (", …" if len(left_out) > _NAMED else "")
+        names = ", ".join(map(str, left_out[:_NAMED])) + (
+            "" if len(left_out) <= _NAMED else f" and {len(left_out) - _NAMED} more"
+        )
         console.print(
-            f"left out: {len(left_out)} files without records that a report shows ({names})",
+            f"left out, without records that a report shows: {names}",
             soft_wrap=True, highlight=False,
         )  # fmt: skip
     if not entries:

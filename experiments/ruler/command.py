@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 
 from experiments.common.errors import UserError
-from experiments.common.options import OptionalPath, at_least
+from experiments.common.options import OptionalPath, all_different, at_least
 from experiments.common.prompts import packaged_chapter, read_book
 from experiments.common.session import tokens_of
 from experiments.evaluation.options import Evaluation
@@ -56,8 +56,7 @@ class Ruler(Evaluation):
         super().__post_init__()
         at_least("samples", self.samples, 1)
         for name, values in (("tasks", self.tasks), ("lengths", self.lengths)):
-            if not values or len(set(values)) < len(values):
-                raise UserError(f"--{name} must be different {name}, got {values}")
+            all_different(name, values)
         at_least("lengths", min(self.lengths), _SHORTEST)
         needing = [name for name, task in tasks.items() if task.source]
         if self.questions is not None and not set(needing) & set(self.tasks):

@@ -8,29 +8,26 @@ from matplotlib.ticker import PercentFormatter
 from rich.table import Table
 
 from experiments.common.plotting import line_style, new_figure, save, wrapped
-from experiments.evaluation.run import Mean, means
+from experiments.evaluation.run import COSTS, means
 from experiments.evaluation.stages import Score
 from experiments.ruler.scores import THRESHOLD, effective_length
 
 
 def averages(scores: Sequence[Score]) -> dict[int, float]:
     """Returns the mean over tasks, from 0 to 1, of each length."""
-    return _over_tasks(means(scores), "score")
-
-
-def _over_tasks(found: Sequence[Mean], what: str) -> dict[int, float]:
+    found = means(scores)
     lengths = sorted({mean.length for mean in found})
     return {
-        length: float(np.mean([getattr(mean, what) for mean in found if mean.length == length]))
+        length: float(np.mean([mean.score for mean in found if mean.length == length]))
         for length in lengths
     }
 
 
 def grid_table(scores: Sequence[Score], *, title: str) -> Table:
-    """Returns mean scores in percent: tasks down, lengths across, and averages below."""
+    """Returns mean scores in percent: tasks down, lengths across, averages and costs below."""
     found = means(scores)
     cells = {(mean.task, mean.length): mean for mean in found}
-    average, density = (_over_tasks(found, what) for what in ("score", "density"))
+    average = averages(scores)
     table = Table("score, %", title=title)
     for length in average:
         table.add_column(f"{length:,} tokens", justify="right")
@@ -38,7 +35,9 @@ def grid_table(scores: Sequence[Score], *, title: str) -> Table:
         table.add_row(task, *(f"{100 * cells[task, length].score:.1f}" for length in average))
     table.add_section()
     table.add_row("average", *(f"{100 * value:.1f}" for value in average.values()))
-    table.add_row("pairs visited, %", *(f"{100 * value:.1f}" for value in density.values()))
+    of_lengths = [[one for one in scores if one.length == length] for length in average]
+    for name, cell in COSTS.items():
+        table.add_row(name, *map(cell, of_lengths))
     samples = sorted({mean.samples for mean in found})
     table.caption = f"samples of each task and length: {', '.join(map(str, samples))}"
     return table

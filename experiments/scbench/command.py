@@ -8,11 +8,11 @@ from pathlib import Path
 from rich.console import Console
 
 from experiments.common.errors import UserError
-from experiments.common.options import OptionalPath, at_least
+from experiments.common.options import OptionalPath, all_different, at_least
 from experiments.common.prompts import packaged_chapter, read_book
 from experiments.needle.samples import holds_answer
 from experiments.scbench.options import Conversing
-from experiments.scbench.report import Groups, turn_table, turns_picture
+from experiments.scbench.report import Groups, make_room, turn_table, turns_picture
 from experiments.scbench.run import converse
 from experiments.scbench.samples import MAX_NEW_TOKENS, TaskName, drafts
 
@@ -36,8 +36,7 @@ class SCBench(Conversing):
         super().__post_init__()
         at_least("samples", self.samples, 1)
         for name, values in (("tasks", self.tasks), ("lengths", self.lengths)):
-            if not values or len(set(values)) < len(values):
-                raise UserError(f"--{name} must be different {name}, got {values}")
+            all_different(name, values)
         at_least("lengths", min(self.lengths), 2 * max(MAX_NEW_TOKENS[task] for task in self.tasks))
         if self.text is not None and "needles" not in self.tasks:
             raise UserError(f"--text belongs to --tasks needles, got {' '.join(self.tasks)}")
@@ -57,6 +56,7 @@ class SCBench(Conversing):
             metric=holds_answer,
         )  # fmt: skip
         groups = Groups(tasks=self.tasks, lengths=lengths, turns=self.turns)
+        make_room(console, groups)
         for label, modes in scores.items():
             for mode, found in modes.items():
                 console.print(turn_table(found, groups, title=f"{label}, {mode}"))

@@ -3,7 +3,7 @@
 import dataclasses
 
 from experiments.common.errors import UserError
-from experiments.common.options import at_least
+from experiments.common.options import all_different, at_least
 from experiments.evaluation.options import Evaluation
 from experiments.scbench.pieces import Mode
 
@@ -22,8 +22,7 @@ class Conversing(Evaluation):
         """Raises UserError for numbers out of range, or options that contradict each other."""
         super().__post_init__()
         at_least("turns", self.turns, 1)
-        if not self.modes or len(set(self.modes)) < len(self.modes):
-            raise UserError(f"--modes must be different modes, got {self.modes}")
+        all_different("modes", self.modes)
         if self.batch_size != 1:
             raise UserError(
                 f"conversations are read one at a time; leave out --batch-size {self.batch_size}"

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 from matplotlib.ticker import MaxNLocator, PercentFormatter
+from rich.console import Console
 from rich.table import Table
 
 from experiments.common.plotting import line_style, new_figure, save, wrapped
@@ -19,6 +20,9 @@ from experiments.scbench.samples import turn_task
 _STYLES: dict[Mode, str] = {"multi_turn": "-", "shared_context": "--"}
 _SPREAD = 0.05  # lines beside each other, because many lie on 0 or 1
 _WIDTH = 0.6  # of all of them at most
+
+# Letters of a table without its turns, and of a turn.
+_TABLE_WIDTH, _TURN_WIDTH = 56, 10
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,18 +50,28 @@ class Groups:
 def turn_table(scores: Sequence[Score], groups: Groups, *, title: str) -> Table:
     """Returns mean scores of a method and mode in percent: tasks, lengths down, turns across.
 
-    The last column is the share of causal pairs that were visited up to the last question.
+    The last columns are the share of causal pairs that were visited, and the cache's memory, up to
+    the last question.
     """
-    table = Table("score, %", "tokens", title=title)
+    table = Table(title=title)
+    table.add_column("score, %", no_wrap=True)
     turns = [f"turn {turn}" for turn in range(1, groups.turns + 1)]
-    for name in (*turns, "mean", "pairs visited, %"):
-        table.add_column(name, justify="right")
+    for name in ("tokens", *turns, "mean", "visited", "cache"):
+        table.add_column(name, justify="right", no_wrap=True)
     for task, length in groups.pairs:
         score = groups.of_turns(scores, task, length)
-        density = groups.of_turns(scores, task, length, "density")[-1]
-        shown = (f"{100 * value:.1f}" for value in (*score, score.mean(), density))
-        table.add_row(task, f"{length:,}", *shown)
+        density, cache = (
+            groups.of_turns(scores, task, length, what)[-1] for what in ("density", "cache_bytes")
+        )
+        shown = (f"{100 * value:.1f}" for value in (*score, score.mean()))
+        costs = f"{100 * density:.1f}%", f"{cache / 2**20:,.4g} MiB"
+        table.add_row(task, f"{length:,}", *shown, *costs)
     return table
+
+
+def make_room(console: Console, groups: Groups) -> None:
+    """Makes lines long enough for such a table: a figure cut short would be lost."""
+    console.width = max(console.width, _TABLE_WIDTH + _TURN_WIDTH * groups.turns)
 
 
 def turns_picture(

@@ -4,29 +4,19 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from rich.console import Console
-
 from experiments.common.calibration import Attentions
-from experiments.common.errors import UserError, check_writable, reported_as_user_error
-from experiments.common.fingerprint import fingerprint
-from experiments.common.methods import Method, for_model, parse_methods
+from experiments.common.errors import UserError
+from experiments.common.methods import Method, parse_methods
 from experiments.common.programs import Programs
-from experiments.common.session import load
-from experiments.evaluation.folder import (
-    claim,
-    claim_calibrations,
-    claim_methods,
-    settings_of,
-    write_record,
-)
-from experiments.evaluation.run import check_chunks, means
-from experiments.evaluation.stages import Draft, Metric, Score, limited, prepare, score
+from experiments.evaluation.begin import begin
+from experiments.evaluation.folder import claim_calibrations, write_record
+from experiments.evaluation.run import means
+from experiments.evaluation.stages import Draft, Metric, Score, prepare, score
 from experiments.scbench.options import Conversing
 from experiments.scbench.pieces import Mode
 from experiments.scbench.predict import predict
 from experiments.scbench.reader import Reader
 from models import Model
-from models.common.checks import check_context
 
 # Options that may change when a run goes on: what is there stays as it is.
 _FREE = ("output", "limit", "modes", "methods", "batch_size")
@@ -69,23 +59,14 @@ def converse(
         UserError: an input cannot be used, or the folder holds another run.
     """
     folder, methods = config.folder, parse_methods(config.methods)
-    check_chunks(methods, config.model.chunk_size)
     for method in methods:
         if method.whole:
             raise UserError(
                 f"--methods: {method.label} cannot read questions onto a context; leave it out"
             )
-    check_writable(folder, folder=True)
-    claim(folder, {"kind": config.kind, **settings_of(config, free=_FREE), **settings})
-    folders = claim_methods(folder, methods)
-    model = load(config.model, progress := Console(stderr=True))
-    methods = for_model(methods, model, progress)
-    claim_methods(folder, methods)
-    attentions = Attentions(methods, model, chat=config.chat)
-    claim(folder, {"model_sha256": fingerprint(model)})
-    wanted = limited(drafts(model), config.limit)
-    with reported_as_user_error(ValueError):
-        check_context(max(draft.length for draft in wanted), model.config)
+    model, methods, attentions, folders, wanted = begin(
+        config, methods, free=_FREE, settings=settings, drafts=drafts
+    )
     samples = prepare(folder, wanted)
     size = 1 + config.turns
     conversations = [samples[at : at + size] for at in range(0, len(samples), size)]

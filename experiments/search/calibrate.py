@@ -12,6 +12,7 @@ from tqdm import tqdm
 import minference_jax as mj
 from experiments.common.errors import reported_as_user_error
 from experiments.common.prompts import QUESTIONS, Task, fit_prompt
+from experiments.common.session import check_fits
 from experiments.search.options import CalibrationOptions
 from experiments.search.space import SpaceOptions
 from minference_jax.search import (
@@ -28,7 +29,6 @@ from minference_jax.search import (
 from minference_jax.types import AttentionFn
 from models import Model
 from models.common.capture import embed_prompt, layer_output, layer_qkv, output_gram
-from models.common.checks import check_context
 
 
 def encode_prompts(model: Model, options: CalibrationOptions) -> list[list[int]]:
@@ -37,8 +37,7 @@ def encode_prompts(model: Model, options: CalibrationOptions) -> list[list[int]]
     Raises:
         UserError: the model's context, or the text, is too short for them.
     """
-    with reported_as_user_error(ValueError):
-        check_context(options.length, model.config)
+    check_fits(options.length, model)
     tokenizer = model.tokenizer
 
     def encode(text: str, task: Task) -> list[int]:

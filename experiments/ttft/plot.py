@@ -5,7 +5,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 
-from experiments.common.plotting import line_style, new_figure, save
+from experiments.common.plotting import line_style, log_seconds, new_figure, save
 from experiments.latency.table import short
 from experiments.ttft.parts import PARTS
 from experiments.ttft.rows import Figures, Point, Rows
@@ -78,7 +78,8 @@ def _draw(axes: Axes, rows: Rows, items: list[tuple[Point, Figures]]) -> None:
     if peak and all(seconds is not None for _, seconds in peak):
         axes.plot(*zip(*peak, strict=True), ":", c="0.6", lw=1, label="dense at the device's peak")
     lengths = sorted({point.length for point, _ in items})
-    axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="seconds to first token")
+    axes.set(xscale="log", xlabel="tokens", ylabel="seconds to first token")
+    log_seconds(axes)
     axes.set_xticks(lengths, [short(length) for length in lengths])
     axes.minorticks_off()
     axes.margins(x=0.1, y=0.1)

@@ -13,14 +13,12 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Int
 from rich.console import Console
 
-from experiments.common.errors import UserError
 from experiments.common.measure import stage
 from experiments.common.options import LoadOptions
 from experiments.common.prompts import CHAPTER, packaged_chapter, read_book
-from experiments.common.session import load
+from experiments.common.session import check_fits, load
 from experiments.common.shapes import SHAPES, ShapeName
 from models import Model
-from models.common.checks import check_context
 from models.common.config import DecoderConfig
 from models.common.decoder import abstract_params, init_params
 from models.common.weights.sharding import param_sharding
@@ -96,15 +94,7 @@ def of_model(
     """
     books = [read_book(path) for path in texts] if texts else [packaged_chapter()]
     model = load(options, console, mesh)
-    context = model.config.max_position
-    try:
-        check_context(longest, model.config)
-    except ValueError:
-        raise UserError(
-            f"{longest} tokens do not fit the model's context of {context}; name shorter "
-            f"--lengths, or extend it with --rope-scaling, for example "
-            f"yarn:{-(-longest // context)}"
-        ) from None
+    check_fits(longest, model)
     with stage(console, "tokens of the text"):
         ids: list[int] = []
         for number, book in enumerate(books):

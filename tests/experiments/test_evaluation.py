@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from experiments.common import record as records
 from experiments.common.errors import UserError
 from experiments.common.fingerprint import fingerprint
 from experiments.common.methods import parse_method
 from experiments.common.options import ModelOptions
 from experiments.common.record import read_records
-from experiments.evaluation import answer, folder, predict, run, stages
+from experiments.evaluation import answer, begin, folder, predict, run, stages
 from experiments.evaluation.answer import Answerer
 from experiments.evaluation.folder import append_lines, claim, read_lines
 from experiments.evaluation.options import Evaluation
@@ -263,7 +264,8 @@ class Words(Evaluation):
 @pytest.fixture
 def loaded(answerer, monkeypatch):
     """Runs share a model and its programs."""
-    monkeypatch.setattr(run, "load", lambda *_: answerer.model)
+    for name in ("load", "sketch"):
+        monkeypatch.setattr(begin, name, lambda *_: answerer.model)
     monkeypatch.setattr(run, "Answerer", lambda *_, **__: answerer)
 
 
@@ -344,12 +346,43 @@ def test_a_method_can_be_added_to_a_run(answerer, tmp_path):
     ],
 )
 def test_what_cannot_work_is_told_before_a_model_is_loaded(tmp_path, monkeypatch, options, words):
-    monkeypatch.setattr(run, "load", None)
+    monkeypatch.setattr(begin, "sketch", None)
     with pytest.raises(UserError, match=words):
         evaluate(tmp_path / "run", **options)
     assert list(tmp_path.iterdir()) == []
 
 
+def too_short():
+    raise UserError("the text has only 3 tokens")
+
+
+@pytest.mark.parametrize(
+    ("layers", "samples", "words"),
+    [
+        (2, drafts((40, 5000)), "5000 tokens do not fit the model's context of 1024; .*yarn:5"),
+        (3, drafts(), "describes 3 layers of 4 heads, but the model has 2"),
+        (2, [*drafts(), Draft("x", "words", 300, too_short)], "the text has only 3 tokens"),
+    ],
+)
+def test_what_does_not_fit_is_told_before_weights_are_read(
+    tmp_path, monkeypatch, model, layers, samples, words
+):
+    path = tmp_path / "heads.json"
+    parse_method("a_shape:2,8").attention(layers, 4).patterns.save(path)
+    monkeypatch.setattr(begin, "sketch", lambda _: model)
+    monkeypatch.setattr(begin, "load", None)
+    with pytest.raises(UserError, match=words):
+        evaluate(tmp_path / "run", make=lambda: samples, methods=(f"patterns:{path}",))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_missing_model_leaves_nothing(tmp_path):
+    with pytest.raises(UserError, match="`tiny` does not exist"):
+        evaluate(tmp_path / "run")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("loaded")
 def test_a_folder_that_cannot_be_written_is_told(tmp_path):
     (tmp_path / "dense").write_text("")
     with pytest.raises(UserError, match=r"cannot write to .*dense"):
@@ -390,6 +423,17 @@ def test_a_folder_with_lines_belongs_to_one_setting(tmp_path):
     with pytest.raises(UserError, match="made with model = m, this one has n"):
         claim(tmp_path, {"seed": 0, "model": "n"})
     assert json.loads((tmp_path / "settings.json").read_text())["lengths"] == [1, 2]
+
+
+def test_a_record_keeps_what_an_earlier_part_of_the_run_used(tmp_path, monkeypatch):
+    claim(tmp_path, {"model_sha256": "m"})
+    for used in ({"attention": ["xla"]}, {}, {"attention": ["mosaic"], "scores": ["xla"]}):
+        monkeypatch.setattr(records, "used_implementations", lambda found=used: found)
+        config = Words(model=ModelOptions(model="tiny"))
+        folder.write_record(tmp_path, parse_method("dense"), kind="w", config=config, result={})
+    [kept] = read_records(tmp_path / "record.jsonl")
+    wanted = {"attention": ["mosaic", "xla"], "scores": ["xla"]}
+    assert kept["environment"]["implementations"] == wanted
 
 
 def test_what_is_compiled_first_is_what_runs(answerer):

@@ -83,8 +83,8 @@ def test_the_table_has_a_column_for_each_method():
         score=score,
         density=score / 2,
         prefill_seconds=1.0,
-        decode_seconds=1.0,
-        cache_bytes=1,
+        decode_seconds=0.5,
+        cache_bytes=2 << 20,
     )
     scores = {
         "dense": [of("passkey", 1.0), of("math_find", 1.0), of("math_find", 0.0)],
@@ -96,7 +96,10 @@ def test_the_table_has_a_column_for_each_method():
         ("passkey", "8", "1", "100.0", "50.0"),
         ("math_find", "8", "2", "50.0", "0.0"),
         ("average", "", "", "75.0", "25.0"),
-        ("pairs visited, %", "", "", "37.5", "12.5"),
+        ("pairs visited, %", "8", "3", "33.3", "8.3"),
+        ("prefill, s", "8", "3", "1", "1"),
+        ("decoding, s", "8", "3", "0.5", "0.5"),
+        ("cache, MiB", "8", "3", "2", "2"),
     ]
 
 
@@ -104,7 +107,7 @@ def test_the_table_has_a_column_for_each_method():
     ("options", "words"),
     [
         pytest.param(["--tasks", "novel"], "novel", id="unknown"),
-        pytest.param(["--tasks", "passkey", "passkey"], "different tasks", id="twice"),
+        pytest.param(["--tasks", "passkey", "passkey"], "--tasks names passkey twice", id="twice"),
         pytest.param(
             ["--tasks", "code_run"], "code_run cannot be made: name the folder that holds code_run",
             id="no-data",
@@ -113,6 +116,7 @@ def test_the_table_has_a_column_for_each_method():
             ["--tasks", "passkey", "code_run", "--data", "."], "code_run needs code_run.jsonl",
             id="no-file",
         ),
+        pytest.param(["--data", "nowhere"], "there is no folder nowhere", id="no-folder"),
         pytest.param(["--tasks", "code_debug", "--data", "bad"], "line 1: not JSON", id="no-json"),
         pytest.param(["--length", "80"], "kv_retrieval take up to 80 tokens", id="length"),
         pytest.param(["--samples", "0"], "at least 1, got 0", id="samples"),

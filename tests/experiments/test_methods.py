@@ -212,7 +212,7 @@ def test_methods_of_one_name_are_told_apart(tmp_path):
         ([], "at least one method"),
         (["spiral:3"], r"'spiral:3' is no method; known: dense\[:KERNEL\], minference, a_shape"),
         (["dense+snap:3"], "what follows .* must be snapkv:BUDGET, .* got snap:3"),
-        (["dense+snapkv:3"], "a budget of 3"),
+        (["dense+snapkv:3"], "--methods: .*what follows .* cannot be snapkv:3: .* a budget of 3"),
         (["spiral+snapkv:64"], "'spiral' is no method"),
         (["inf_llm:100"], "n_local must be a multiple of 128, got 100"),
         (["inf_llm:128,4,200"], "exc_block must be a multiple of 128, got 200"),
@@ -220,7 +220,7 @@ def test_methods_of_one_name_are_told_apart(tmp_path):
         (["streaming_dilated:8,500"], "window_size must be at least 510, got 500"),
         (["streaming_strided:8,200,510"], "local_size must be at least 255, got 200"),
         (["top_k:0"], "`k` must be at least 1, got 0"),
-        (["patterns:none.json+snapkv:64"], "no pattern file at none.json"),
+        (["patterns:none.json+snapkv:64"], "pattern file; no pattern file at none.json"),
     ],
 )
 def test_what_is_no_method_is_told(specs, words):

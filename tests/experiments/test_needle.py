@@ -130,7 +130,8 @@ def assert_drawn(pixels, found):
     [
         pytest.param(["--text", "none.txt"], "none.txt", id="no-text"),
         pytest.param(["--lengths", "40"], "at least 64, got 40", id="length"),
-        pytest.param(["--lengths", "100", "100"], "different lengths", id="twice"),
+        pytest.param(["--lengths", "100", "100"], "--lengths names 100 twice", id="twice"),
+        pytest.param(["--lengths"], "--lengths must name at least one", id="none"),
         pytest.param(["--depths", "0"], "at least 1, got 0", id="depths"),
         pytest.param(["--limit", "0"], "at least 1, got 0", id="limit"),
         pytest.param(

@@ -147,9 +147,13 @@ def test_books_are_files_or_folders(tmp_path):
     assert read_book(tmp_path) == "one\n\ntwo"
     assert read_book(tmp_path / "b.txt") == "two"
     (tmp_path / "bad.txt").write_bytes(b"\xff\xfe\xfa")
-    (tmp_path / "empty").mkdir()
+    for name in ("empty", "blank"):
+        (tmp_path / name).mkdir()
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / "blank" / name).write_text(" \n")
     for path, words in (
-        ("bad.txt", "not UTF-8"), ("empty", "no .txt file"), ("none.txt", "No such file"),
+        ("bad.txt", "not UTF-8"), (".", "bad.txt is not UTF-8"), ("empty", "no .txt file"),
+        ("blank", "holds no text"), ("none.txt", "No such file"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=words):
             read_book(tmp_path / path)

@@ -69,8 +69,8 @@ def of(task, length, score):
         score=score,
         density=score / 2,
         prefill_seconds=1.0,
-        decode_seconds=1.0,
-        cache_bytes=1,
+        decode_seconds=0.5,
+        cache_bytes=2 << 20,
     )
 
 
@@ -85,7 +85,10 @@ def test_averages_are_over_tasks_whatever_their_samples():
         ("vt", "100.0", "100.0", "0.0"),
         ("cwe", "90.0", "90.0", "100.0"),
         ("average", "95.0", "95.0", "50.0"),
-        ("pairs visited, %", "47.5", "47.5", "25.0"),
+        ("pairs visited, %", "47.5", "46.7", "25.0"),
+        ("prefill, s", "1", "1", "1"),
+        ("decoding, s", "0.5", "0.5", "0.5"),
+        ("cache, MiB", "2", "2", "2"),
     ]
 
 
@@ -108,8 +111,8 @@ def test_questions_without_files_are_skipped_with_a_notice(argv, capsys, tmp_pat
     ("options", "words"),
     [
         pytest.param(["--tasks", "novel"], "novel", id="unknown"),
-        pytest.param(["--tasks", "vt", "vt"], "different tasks", id="twice"),
-        pytest.param(["--lengths", "900", "900"], "different lengths", id="lengths"),
+        pytest.param(["--tasks", "vt", "vt"], "--tasks names vt twice", id="twice"),
+        pytest.param(["--lengths", "900", "900"], "--lengths names 900 twice", id="lengths"),
         pytest.param(["--lengths", "200"], "at least 256, got 200", id="short"),
         pytest.param(["--samples", "0"], "at least 1, got 0", id="samples"),
         pytest.param(["--text", "none.txt"], "none.txt", id="text"),

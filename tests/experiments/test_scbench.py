@@ -1,6 +1,7 @@
 """`minference scbench`: what is asked, how turns are read, what a kill leaves, what is refused."""
 
 import dataclasses
+import io
 import json
 import re
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from matplotlib.image import imread
+from rich.console import Console
 
 from experiments.__main__ import main
 from experiments.common.errors import UserError
@@ -18,7 +20,7 @@ from experiments.evaluation.stages import Score
 from experiments.scbench.pieces import Turn, cut
 from experiments.scbench.predict import predict
 from experiments.scbench.reader import Reader, Sizes, read_first, read_onto
-from experiments.scbench.report import Groups, turn_table
+from experiments.scbench.report import Groups, make_room, turn_table
 from experiments.scbench.samples import drafts
 from minference_jax import DenseAttention
 from minference_jax.kv_cache import StreamingKV
@@ -281,14 +283,16 @@ def test_the_table_has_a_row_for_each_task_and_length(capsys):
         density=score / 2,
         prefill_seconds=1.0,
         decode_seconds=1.0,
-        cache_bytes=1,
+        cache_bytes=2 << 20,
     )
     scores = [of(1, 8, 1.0), of(1, 8, 0.5), of(2, 8, 0.25), of(1, 16, 0.0), of(2, 16, 1.0)]
     table = turn_table(scores, groups, title="")
+    make_room(console := Console(width=20, file=io.StringIO()), groups)
+    assert console.measure(table).maximum <= console.width
     rows = list(zip(*(column.cells for column in table.columns), strict=True))
     assert rows == [
-        ("needles", "8", "75.0", "25.0", "50.0", "12.5"),
-        ("needles", "16", "0.0", "100.0", "50.0", "50.0"),
+        ("needles", "8", "75.0", "25.0", "50.0", "12.5%", "2 MiB"),
+        ("needles", "16", "0.0", "100.0", "50.0", "50.0%", "2 MiB"),
     ]
 
 
@@ -301,8 +305,10 @@ def test_the_table_has_a_row_for_each_task_and_length(capsys):
         pytest.param(["--text", "none.txt"], "none.txt", id="no-text"),
         pytest.param(["--tasks", "novel"], "novel", id="unknown"),
         pytest.param(["--lengths", "200"], "at least 300, got 200", id="length"),
-        pytest.param(["--lengths", "900", "900"], "different lengths", id="twice"),
-        pytest.param(["--modes", "multi_turn", "multi_turn"], "different modes", id="modes"),
+        pytest.param(["--lengths", "900", "900"], "--lengths names 900 twice", id="twice"),
+        pytest.param(
+            ["--modes", "multi_turn", "multi_turn"], "--modes names multi_turn twice", id="modes"
+        ),
         pytest.param(["--batch-size", "2"], "one at a time; leave out --batch-size 2", id="batch"),
         pytest.param(["--turns", "0"], "at least 1, got 0", id="turns"),
         pytest.param(["--samples", "0"], "at least 1, got 0", id="samples"),

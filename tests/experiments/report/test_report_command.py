@@ -11,11 +11,13 @@ def test_every_kind_has_its_tables_pictures_and_headline(tmp_path, capsys):
     run, output, readme = tmp_path / "run", tmp_path / "out", tmp_path / "README.md"
     run.mkdir()
     write_every_kind(run)
-    write(run / "samples.jsonl", {"name": "a"})
+    for name in ("samples", "other"):
+        write(run / f"{name}.jsonl", {"name": "a"})
     readme.write_text("before\n<!-- results: begin -->old<!-- results: end -->\nafter\n")
     argv = ["report", str(run), "--output", str(output), "--readme", str(readme)]
     assert main(argv) == 0
-    assert "left out: 1 files without records" in capsys.readouterr().err
+    told_of = f"left out, without records that a report shows: {run / 'other.jsonl'}"
+    assert [told_of] == capsys.readouterr().err.splitlines()
     text = (output / "README.md").read_text()
     pictures = re.findall(r"\]\((pictures/[^)]*)\)", text)
     assert len(pictures) == 11
