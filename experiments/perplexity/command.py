@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.common.calibration import Attentions
-from experiments.common.errors import UserError, check_writable, reported_as_user_error
+from experiments.common.errors import UserError, check_writable
 from experiments.common.fingerprint import fingerprint
 from experiments.common.kv_cache import USAGE
 from experiments.common.methods import (
@@ -22,7 +22,7 @@ from experiments.common.methods import (
     usage,
 )
 from experiments.common.options import LoadOptions, OptionalInt, at_least
-from experiments.common.session import load
+from experiments.common.session import check_fits, load, sketch
 from experiments.evaluation.folder import (
     claim,
     claim_calibrations,
@@ -35,7 +35,6 @@ from experiments.perplexity.measure import Mean, Row, means, measure_all
 from experiments.perplexity.plot import curves_picture
 from experiments.perplexity.read import Reader
 from experiments.perplexity.texts import encode_texts, files_of
-from models.common.checks import check_context
 
 # Options that may change when a run goes on: rows name their text and length.
 _FREE = ("output", "limit", "seed", "texts", "lengths", "methods")
@@ -97,7 +96,14 @@ class Perplexity:
         """Runs the command; raises UserError if an input cannot be used."""
         progress, console = Console(stderr=True), Console()
         methods = _parse(self.methods, continuation=self.continuation)
-        files = files_of(self.texts)
+        files, longest = files_of(self.texts), max(self.lengths)
+        # What cannot be read or run is told before weights are read or files written.
+        sketched = sketch(self.model)
+        check_fits(longest, sketched)
+        Attentions(methods, sketched, chat=False)
+        texts = encode_texts(
+            sketched, files, length=longest, limit=self.limit, seed=self.seed, console=progress
+        )
         check_writable(self.output, folder=True)
         claim(self.output, {"kind": "perplexity", **settings_of(self, free=_FREE)})
         folders = claim_methods(self.output, methods)
@@ -109,12 +115,6 @@ class Perplexity:
         # Static lines are those of a prompt as long as what the attention reads.
         prompt = lambda length: length - (self.continuation or 0)
         prompts = [prompt(length) for length in self.lengths]
-        longest = max(self.lengths)
-        with reported_as_user_error(ValueError):
-            check_context(longest, model.config)
-        texts = encode_texts(
-            model, files, length=longest, limit=self.limit, seed=self.seed, console=progress
-        )
         about = {
             method: claim_calibrations(
                 folders[method.label], attentions.calibrations(method, prompts, asks=False)

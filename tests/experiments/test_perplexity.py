@@ -15,7 +15,7 @@ from experiments.common.methods import parse_method
 from experiments.common.programs import Programs
 from experiments.common.record import read_records
 from experiments.evaluation.folder import append_lines, read_lines
-from experiments.perplexity import measure
+from experiments.perplexity import command, measure
 from experiments.perplexity.measure import Text, means, measure_all
 from experiments.perplexity.read import Reader, read
 from experiments.perplexity.texts import encode_texts, files_of
@@ -243,11 +243,27 @@ def test_what_cannot_work_is_told_before_a_model_is_loaded(
     assert told in capsys.readouterr().err
 
 
-def test_texts_must_be_long_enough(tiny_model, tmp_path, capsys):
-    text = tmp_path / "text.txt"
-    text.write_text(words(20))
-    argv = ["perplexity", "--model", tiny_model, "--texts", str(text), "--output", str(tmp_path)]
-    assert main([*argv, "--lengths", "50"]) == 2
-    assert "no text has the 50 tokens" in capsys.readouterr().err
-    assert main([*argv, "--lengths", "100000"]) == 2
-    assert "do not fit the model's context" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("text", "argv", "told"),
+    [
+        pytest.param(words(20).encode(), [], "no text has the 50 tokens", id="short"),
+        pytest.param(b"", [], "holds no text", id="empty"),
+        pytest.param(b"\xff\xfe", [], "is not UTF-8 text", id="encoding"),
+        pytest.param(
+            words(60).encode(), ["--lengths", "100000"], "model's context of", id="context"
+        ),
+        pytest.param(
+            words(60).encode(), ["--methods", "patterns:qwen2.5-coder-1.5b"], "12", id="size"
+        ),
+    ],
+)
+def test_unfit_inputs_are_told_before_weights_are_read_or_files_written(
+    tiny_model, tmp_path, capsys, monkeypatch, text, argv, told
+):
+    monkeypatch.setattr(command, "load", lambda *_: pytest.fail("read the weights"))
+    path, folder = tmp_path / "text.txt", tmp_path / "run"
+    path.write_bytes(text)
+    options = ["--texts", str(path), "--output", str(folder), "--lengths", "50", *argv]
+    assert main(["perplexity", "--model", tiny_model, *options]) == 2
+    assert told in capsys.readouterr().err
+    assert not folder.exists()
